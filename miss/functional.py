@@ -1,0 +1,173 @@
+"""The maths of MiSS as pure functions on tensors (arXiv 2409.15371, section 4). All reshaping of the package is here.
+
+One letter per axis, here and everywhere:
+
+=====  ==========================================================================
+``b``  leading axes of the input, any number of them, written ``...`` in patterns
+``i``  input features
+``o``  output features
+``r``  rank: rows of one block of the input (MiSSe)
+``g``  blocks of ``r`` inputs
+``n``  shards of the output (MiSS); the rank of that form
+``s``  rows in one shard
+=====  ==========================================================================
+
+Every function is made of differentiable torch operations that write to no argument, so all of them work under autograd
+(twice), ``torch.func``, ``torch.compile`` and tensor subclasses.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+
+__all__ = ["block_mean", "block_sum", "expand_blocks", "expand_shards", "miss_linear", "misse_linear"]
+
+# Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
+_CHUNK = 1 << 18
+
+
+def block_sum(x: Tensor, rank: int) -> Tensor:
+    """Sum the blocks of the input: ``S[..., j] = sum of x[..., c] over all c with c mod rank == j`` (Eq. 4-5).
+
+    A last block that is shorter than ``rank`` counts as padded with zeros; ``x`` is not copied for that.
+
+    Args:
+        x: ``(..., i)``.
+        rank: from 1 to ``i``.
+
+    Shape:
+        ``(..., i) -> (..., r)``, in the dtype of ``x``.
+
+    >>> block_sum(torch.arange(5.0), rank=2)  # 0 + 2 + 4, 1 + 3
+    tensor([6., 4.])
+    """
+    blocks, tail = _split(x, rank)
+    total = _reduce(blocks, rank, "sum")
+    return total if tail is None else total + tail
+
+
+def block_mean(x: Tensor, rank: int) -> Tensor:
+    """``block_sum(x, rank) / g`` with ``g = i // rank``, which stays in range where the sum may overflow fp16.
+
+    Args:
+        x: ``(..., i)``.
+        rank: from 1 to ``i``.
+
+    Shape:
+        ``(..., i) -> (..., r)``, in the dtype of ``x``.
+
+    >>> block_mean(torch.tensor([6e4, 1.0, 6e4, 3.0], dtype=torch.float16), rank=2)
+    tensor([6.0000e+04, 2.0000e+00], dtype=torch.float16)
+    """
+    blocks, tail = _split(x, rank)
+    if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = torch.split(rearrange(blocks, "... i -> (...) i"), max(1, _CHUNK // blocks.shape[-1]))
+        mean = torch.cat([_reduce(chunk, rank, "mean") for chunk in rows]).reshape(*x.shape[:-1], rank)
+    else:
+        mean = _reduce(blocks, rank, "mean")
+    return mean if tail is None else mean + tail / (x.shape[-1] // rank)
+
+
+def expand_blocks(d: Tensor, in_features: int) -> Tensor:
+    """The dense delta of MiSSe at scale 1: column ``c`` is ``d[:, c mod r]`` (Eq. 6).
+
+    Args:
+        d: ``(o, r)``.
+        in_features: ``i``, at least ``r``.
+
+    Shape:
+        ``(o, r) -> (o, i)``.
+
+    >>> expand_blocks(torch.tensor([[1, 2]]), in_features=5)
+    tensor([[1, 2, 1, 2, 1]])
+    """
+    rank = d.shape[-1]
+    return repeat(d, "o r -> o (g r)", r=rank, g=-(-in_features // rank))[:, :in_features]
+
+
+def expand_shards(d: Tensor, out_features: int) -> Tensor:
+    """The dense delta of MiSS at scale 1: row ``d[k]`` once for each row of shard ``k`` (Eq. 2).
+
+    Shards are contiguous; their sizes differ by at most one, larger first.
+
+    Args:
+        d: ``(n, i)``.
+        out_features: ``o``, at least ``n``.
+
+    Shape:
+        ``(n, i) -> (o, i)``.
+
+    >>> expand_shards(torch.tensor([[1], [2]]), out_features=5).flatten()
+    tensor([1, 1, 1, 2, 2])
+    """
+    runs = _shard_runs(out_features, d.shape[0])
+    return torch.cat([repeat(d[run], "n i -> (n s) i", s=size) for run, _, size in runs])
+
+
+def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
+    """``y + scale * d S`` with ``S = block_sum(x)``: MiSSe without its dense delta (Eq. 7).
+
+    Args:
+        x: the input, ``(..., i)``.
+        y: the base layer's output, ``(..., o)``; its dtype is the compute dtype, and that of the result.
+        d: ``(o, r)``, in any floating dtype.
+        scale: factor of the delta.
+
+    Shape:
+        ``(..., o)``. Neither ``x`` nor ``y`` is cast: the sum has the dtype of ``x``, and torch's fp32 accumulator where that
+        is half precision; only ``S`` is cast. In fp16, where the sum may overflow, it is a mean and ``d`` takes the factor.
+    """
+    rank = d.shape[-1]
+    if y.dtype == torch.float16:
+        s, factor = block_mean(x, rank), scale * (x.shape[-1] // rank)
+    else:
+        s, factor = block_sum(x, rank), scale
+    return y + F.linear(s.to(y.dtype), _scaled(d, factor, y.dtype))
+
+
+def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
+    """``y + scale * repeat(d x)``: MiSS without its dense delta (Eq. 3, with the repetition moved behind the product).
+
+    Args:
+        x: the input, ``(..., i)``.
+        y: the base layer's output, ``(..., o)``; its dtype is the compute dtype, and that of the result.
+        d: ``(n, i)``, in any floating dtype.
+        scale: factor of the delta.
+
+    Shape:
+        ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to every row of shard ``k``.
+    """
+    z = F.linear(x, _scaled(d, scale, y.dtype))
+    sums = []
+    for run, rows, size in _shard_runs(y.shape[-1], d.shape[0]):
+        shards = rearrange(y[..., rows], "... (n s) -> ... n s", s=size)
+        sums.append(rearrange(shards + rearrange(z[..., run], "... n -> ... n 1"), "... n s -> ... (n s)"))
+    return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
+
+
+def _split(x: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
+    """``x`` as its whole blocks, ``(..., g * r)``, and the short last one padded to ``(..., r)``, if there is one."""
+    whole = x.shape[-1] - x.shape[-1] % rank
+    if whole == x.shape[-1]:
+        return x, None
+    return x[..., :whole], F.pad(x[..., whole:], (0, rank - (x.shape[-1] - whole)))
+
+
+def _reduce(blocks: Tensor, rank: int, how: str) -> Tensor:
+    return reduce(blocks, "... (g r) -> ... r", how, g=blocks.shape[-1] // rank, r=rank)
+
+
+def _shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]:
+    """The runs of equal shards, larger first: ``(which shards, which outputs, outputs per shard)``."""
+    size, larger = divmod(out_features, shards)
+    cut = larger * (size + 1)
+    equal = (slice(larger, shards), slice(cut, out_features), size)
+    return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]
+
+
+def _scaled(d: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """``factor * d``, multiplied in fp32 or wider and rounded once to ``dtype``."""
+    if factor != 1:
+        d = d.to(torch.promote_types(d.dtype, torch.float32)) * factor
+    return d.to(dtype)

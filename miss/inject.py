@@ -1,0 +1,168 @@
+"""`inject` puts adapters into a model, in place, and `eject` takes them out."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from miss import targets as targeting
+from miss.errors import ShapeError, StateError, TargetError, explain
+from miss.linear import METHODS, AdaptedLinear, check_settings, looks_linear, refusal
+from miss.targets import Targets
+
+__all__ = ["SKIPPED", "eject", "inject"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Attribute of a layer that a target matched and `inject` passed over: the reason, for `summary`.
+SKIPPED = "_miss_skipped"
+
+
+def inject(
+    model: Model,
+    targets: Targets,
+    *,
+    rank: int = 64,
+    method: str = "misse",
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    adapter_dtype: torch.dtype | None = None,
+    exclude: Targets = (),
+    trainable: Targets = (),
+    freeze: bool = True,
+) -> Model:
+    """Adapt the linear layers that ``targets`` names, in place: each becomes a `MiSSeLinear` or `MiSSLinear` with a zero D.
+
+    The model computes what it did before until D is trained. Layers keep their identity, parameters, hooks, device, dtype
+    and mode; every key of the base `state_dict` stays, and each adapted layer gains ``miss_D``.
+
+    Args:
+        model: any module; a lone `nn.Linear` can be adapted too.
+        targets: what to adapt. A `str` matches a whole dotted name or its last components (``"q_proj"``,
+            ``"self_attn.q_proj"``); one with ``*``, ``?`` or ``[`` is a glob over the whole name; ``"all-linear"`` is every
+            `nn.Linear` but the output head that ``model.get_output_embeddings()`` names and the modules in ``trainable``.
+            Also a compiled pattern (it matches the whole name), a module type, a ``callable(name, module) -> bool``, or an
+            iterable of these.
+        rank: from 1 to ``in_features`` (``"misse"``) or ``out_features`` (``"miss"``) of each layer.
+        method: ``"misse"`` (input blocks share D) or ``"miss"`` (output shards share D).
+        scale: factor of the delta.
+        dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter in training mode.
+        adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 where that is half precision.
+        exclude: what not to adapt: modules in the forms of ``targets``, with all that they contain. It wins over ``targets``.
+        trainable: modules, in the same forms, with all that they contain, that are not to be frozen, such as a new head.
+            Their flags stay as they are.
+        freeze: the first call on a model freezes every parameter outside adapters and ``trainable``; a later call only
+            those of the layers that it adapts. False touches no flag.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TargetError: a target matches nothing, or by its name a layer that cannot be adapted.
+        ShapeError: ``rank``, ``method``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
+        StateError: a matched layer is adapted already.
+        In each case the model is exactly as it was.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> inject(model, "0", rank=4)[0]
+    MiSSeLinear(in_features=8, out_features=16, bias=True, rank=4, scale=1.0, dropout=0.0)
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(explain("model", "must be a module", expected="torch.nn.Module", actual=type(model).__name__))
+    if not isinstance(method, str) or method not in METHODS:
+        expected = " or ".join(map(repr, METHODS))
+        raise ShapeError(explain("inject", "unknown method", expected=expected, actual=f"method={method!r}"))
+    form = METHODS[method]
+    scale, dropout = check_settings("inject", scale=scale, dropout=dropout, adapter_dtype=adapter_dtype)
+    selection = targeting.select(model, targets, _layers(model), exclude=exclude, trainable=trainable)
+    for name, linear in selection.adapt:
+        if isinstance(linear, AdaptedLinear):
+            do = "eject(model), or leave it out with exclude"
+            raise StateError(explain(name or type(linear).__name__, "is adapted already", do=do))
+    plan: list[tuple[nn.Linear, nn.Parameter]] = []
+    for name, linear in selection.adapt:
+        checked = form.check_rank(name or type(linear).__name__, rank, linear.in_features, linear.out_features)
+        plan.append((linear, form.new_adapter(linear, checked, adapter_dtype)))
+
+    # All is checked and allocated: from here on nothing fails.
+    if freeze:
+        first_call = not targeting.instances(model, AdaptedLinear)
+        kept = {id(p) for module in selection.trainable for p in module._parameters.values()}
+        scope: list[nn.Module] = [model] if first_call else [linear for linear, _ in plan]
+        for module in scope:
+            for parameter in module.parameters():
+                if id(parameter) not in kept:
+                    parameter.requires_grad_(False)
+    for linear, d in plan:
+        form.swap_(linear, d, scale, dropout)
+    for module, reason in selection.skipped:
+        module.__dict__[SKIPPED] = reason
+    for layer in _encoder_layers(model):
+        if not _switch(layer):
+            layer.register_forward_hook(keep_slow_path)
+    return model
+
+
+def eject(model: Model) -> Model:
+    """Take the adapters out, in place: each adapted layer is a plain `nn.Linear` again, with the parameters that it had.
+
+    ``requires_grad`` flags stay as they are. A model without adapters is left alone.
+
+    Args:
+        model: a model, or a part of one.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        StateError: the class of an adapted layer has been swapped since (`fully_shard` does); nothing is ejected then.
+
+    >>> model = nn.Sequential(nn.Linear(8, 2))
+    >>> eject(inject(model, "0", rank=4))[0]
+    Linear(in_features=8, out_features=2, bias=True)
+    """
+    adapted = targeting.instances(model, AdaptedLinear)
+    for name, layer in adapted.items():
+        if type(layer) not in METHODS.values():
+            kinds = " or ".join(kind.__name__ for kind in METHODS.values())
+            rule = "its class has been swapped since it was adapted, so that eject does not know the way back"
+            raise StateError(explain(name or type(layer).__name__, rule, expected=kinds, actual=type(layer).__name__))
+    layers = list(_encoder_layers(model))
+    for layer in adapted.values():
+        layer.swap_back_()
+    for module in model.modules():
+        module.__dict__.pop(SKIPPED, None)
+    for encoder_layer in layers:
+        for key in _switch(encoder_layer):
+            del encoder_layer._forward_hooks[key]
+    return model
+
+
+def keep_slow_path(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that does nothing; its presence alone keeps `nn.TransformerEncoderLayer` off its fused path.
+
+    That path reads ``linear1.weight`` and ``linear2.weight`` and never calls the layers.
+    """
+
+
+def _switch(layer: nn.Module) -> list[int]:
+    """The keys under which ``layer`` holds `keep_slow_path`."""
+    return [key for key, hook in layer._forward_hooks.items() if hook is keep_slow_path]
+
+
+def _encoder_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
+    """The encoder layers whose fused path would bypass an adapter."""
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return [layer for layer in layers if any(isinstance(module, AdaptedLinear) for module in layer.modules())]
+
+
+def _layers(model: nn.Module) -> dict[int, str | None]:
+    """For each module that looks like a linear layer, by id: why it cannot be adapted, or None."""
+    reasons = {id(m): None if isinstance(m, AdaptedLinear) else refusal(m) for m in model.modules() if looks_linear(m)}
+    for name, module in targeting.walk(model):
+        if isinstance(module, nn.MultiheadAttention):
+            reasons[id(module.out_proj)] = (
+                f"is read as a weight by its parent {name or 'model'!r} ({type(module).__name__}) and never called, so "
+                "that an adapter on it would do nothing: exclude it, or use an attention module that calls its projections"
+            )
+    return reasons

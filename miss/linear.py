@@ -1,0 +1,321 @@
+"""`MiSSeLinear` and `MiSSLinear`: `torch.nn.Linear` with a frozen weight and one trainable matrix, ``miss_D``."""
+
+import math
+import sys
+from numbers import Integral, Real
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miss import functional
+from miss.errors import ShapeError, StateError, TargetError, explain
+
+__all__ = ["METHODS", "AdaptedLinear", "MiSSLinear", "MiSSeLinear", "looks_linear", "refusal"]
+
+Self = TypeVar("Self", bound="AdaptedLinear")
+ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdaptedLinear(nn.Linear):
+    """What the two forms share: the parameter, its life, and the forward around it. Use one of the subclasses."""
+
+    miss_D: nn.Parameter
+    # Class-level defaults, so that objects pickled by an older version load.
+    scale: float = 1.0
+    dropout: float = 0.0
+    _disabled: int = 0  # how many `disabled` contexts this layer is in
+
+    # What makes a form: the axis of the weight along which D is shared, and `rank` long instead; its delta; its forward.
+    shared_axis: ClassVar[int]
+    expand: ClassVar["staticmethod[[Tensor, int], Tensor]"]
+    add_delta: ClassVar["staticmethod[[Tensor, Tensor, Tensor, float], Tensor]"]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        scale, dropout = check_settings(name, scale=scale, dropout=dropout, adapter_dtype=adapter_dtype)
+        rank = self.check_rank(name, rank, in_features, out_features)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.requires_grad_(False)
+        self._attach(self.new_adapter(self, rank, adapter_dtype), scale, dropout)
+
+    @classmethod
+    def adopt_(
+        cls: type[Self],
+        linear: nn.Linear,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Turn ``linear`` itself into this class: same object, parameters, hooks and flags, and a zero ``miss_D``.
+
+        Args:
+            linear: an `nn.Linear`, exactly that type.
+            rank, scale, dropout, adapter_dtype: as in the constructor.
+
+        Returns:
+            ``linear``, whose class is now this one. No ``requires_grad`` flag is touched.
+
+        Raises:
+            TargetError: ``linear`` is of another type.
+            StateError: it is adapted already, or in a state that would bypass the adapter.
+            ShapeError: a number is outside its rule.
+
+        >>> linear = nn.Linear(6, 4)
+        >>> MiSSeLinear.adopt_(linear, rank=2) is linear
+        True
+        >>> linear
+        MiSSeLinear(in_features=6, out_features=4, bias=True, rank=2, scale=1.0, dropout=0.0)
+        """
+        name = type(linear).__name__
+        if isinstance(linear, AdaptedLinear):
+            raise StateError(explain(name, "is adapted already", do="eject it first"))
+        reason = refusal(linear) if looks_linear(linear) else "is not a torch.nn.Linear"
+        if reason is not None:
+            error = StateError if type(linear) is nn.Linear else TargetError
+            raise error(explain(name, reason))
+        scale, dropout = check_settings(name, scale=scale, dropout=dropout, adapter_dtype=adapter_dtype)
+        rank = cls.check_rank(name, rank, linear.in_features, linear.out_features)
+        return cls.swap_(linear, cls.new_adapter(linear, rank, adapter_dtype), scale, dropout)
+
+    @classmethod
+    def new_adapter(cls, linear: nn.Linear, rank: int, adapter_dtype: torch.dtype | None) -> nn.Parameter:
+        """A zero D for ``linear``, on the device of its weight. ``linear`` is not changed."""
+        if adapter_dtype is None:
+            wide = linear.weight.dtype in (torch.float64, torch.float32)
+            adapter_dtype = linear.weight.dtype if wide else torch.float32
+        with torch.inference_mode(False):
+            shape = [linear.out_features, linear.in_features]
+            shape[cls.shared_axis] = rank
+            return nn.Parameter(torch.zeros(shape, device=linear.weight.device, dtype=adapter_dtype))
+
+    @classmethod
+    def swap_(cls: type[Self], linear: nn.Linear, d: nn.Parameter, scale: float, dropout: float) -> Self:
+        """The swap alone, for a ``linear``, a ``d`` and numbers that have been checked."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)  # tells the type checker
+        linear._attach(d, scale, dropout)
+        return linear
+
+    def swap_back_(self) -> None:
+        """Become a plain `nn.Linear` again, for a layer that has been checked; ``miss_D`` goes, no flag is touched."""
+        del self.miss_D
+        for name in ("scale", "dropout", "_disabled"):
+            self.__dict__.pop(name, None)
+        self.__class__ = nn.Linear  # type: ignore[assignment]  # the way back of `swap_`
+
+    def _attach(self, d: nn.Parameter, scale: float, dropout: float) -> None:
+        self.scale, self.dropout = scale, dropout
+        self.register_parameter("miss_D", d)
+
+    @classmethod
+    def check_rank(cls, name: str, rank: int, in_features: int, out_features: int) -> int:
+        """``rank`` as an int, or a `ShapeError` that names the module, the rule and the numbers."""
+        limit = (out_features, in_features)[cls.shared_axis]
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= limit:
+            rule = f"rank of {cls.__name__} must be an int from 1 to {('out_features', 'in_features')[cls.shared_axis]}"
+            size = f"{cls.__name__}(in_features={in_features}, out_features={out_features})"
+            raise ShapeError(explain(name, rule, expected=f"1 <= rank <= {limit}", actual=f"rank={rank!r} for {size}"))
+        return int(rank)
+
+    @property
+    def rank(self) -> int:
+        """Length of ``miss_D`` along the shared axis, a bound on the rank of the delta."""
+        return self.miss_D.shape[self.shared_axis]
+
+    def delta_weight(self) -> Tensor:
+        """``scale * expand(D)``, dense and differentiable: what the adapter adds to ``weight``.
+
+        Shape:
+            ``(out_features, in_features)``, in the dtype of ``miss_D``.
+        """
+        return self.scale * self.expand(self.miss_D, (self.out_features, self.in_features)[self.shared_axis])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base layer's output plus the delta's, in the dtype that the base layer gives; no weight is changed."""
+        if input.is_nested:  # what nn.TransformerEncoder passes on in eval mode under a padding mask
+            return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()], layout=input.layout)
+        y = super().forward(input)
+        if self._disabled:
+            return y
+        x = F.dropout(input, self.dropout) if self.training and self.dropout else input
+        return self.add_delta(x, y, self.miss_D, self.scale)
+
+    def reset_adapter(self) -> None:
+        """Set ``miss_D`` to zero, in place: the layer computes what its base does."""
+        with torch.no_grad():
+            self.miss_D.zero_()
+
+    def reset_parameters(self) -> None:
+        """Initialise ``weight`` and ``bias`` as `nn.Linear` does, and ``miss_D`` to zero."""
+        super().reset_parameters()
+        if "miss_D" in self._parameters:  # not yet in the constructor of nn.Linear
+            self.reset_adapter()
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As `nn.Module`, but a ``miss_D`` that `to_empty` brings from the meta device is zero, not uninitialised."""
+        was_meta = self.miss_D.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        if was_meta and not self.miss_D.is_meta:
+            self.reset_adapter()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module`, but ``miss_D`` does not stay on the meta device where a base checkpoint moves the weight off it."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.miss_D.is_meta and not self.weight.is_meta:
+            zeros = torch.zeros_like(self.miss_D, device=self.weight.device)
+            self.miss_D = nn.Parameter(zeros, requires_grad=self.miss_D.requires_grad)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles made inside `disabled` are outside of it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_disabled"}
+
+
+class MiSSeLinear(AdaptedLinear):
+    r"""A linear layer whose delta repeats one block of ``rank`` columns along the input (MiSS\ :sup:`e`, Eq. 4-7).
+
+    .. math:: y = W_0 x + b + \mathrm{scale} \cdot D S, \qquad S_j = \sum_{c \bmod r = j} x_c
+
+    Equivalently column ``c`` of the delta is ``scale * D[:, c mod rank]``; it is never built in `forward`.
+    ``in_features`` need not be a multiple of ``rank``. `MiSSLinear` shares the other dimension: a different operator.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        rank: from 1 to ``in_features``.
+        scale: factor of the delta; finite.
+        dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter (not of the base) in training mode.
+        adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 where that is half precision.
+
+    Shape:
+        - Input: ``(..., in_features)``
+        - Output: ``(..., out_features)``
+
+    Attributes:
+        weight, bias: the base layer's, ``(out_features, in_features)`` and ``(out_features)``; the constructor freezes them.
+        miss_D: ``(out_features, rank)``, zero at first; trainable.
+
+    Raises:
+        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
+
+    >>> layer = MiSSeLinear(10, 3, rank=4)
+    >>> layer(torch.randn(2, 7, 10)).shape, layer.miss_D.shape, layer.delta_weight().shape
+    (torch.Size([2, 7, 3]), torch.Size([3, 4]), torch.Size([3, 10]))
+    """
+
+    shared_axis = 1
+    expand = staticmethod(functional.expand_blocks)
+    add_delta = staticmethod(functional.misse_linear)
+
+
+class MiSSLinear(AdaptedLinear):
+    r"""A linear layer whose delta repeats each of ``rank`` rows along one shard of the output (MiSS, Eq. 2-3).
+
+    .. math:: y = W_0 x + b + \mathrm{scale} \cdot \mathrm{repeat}(D x)
+
+    Output ``o`` of the delta is ``scale * (D x)[k]`` for the shard ``k`` that ``o`` lies in. The ``rank`` shards are
+    contiguous; their sizes differ by at most one, larger first. `MiSSeLinear` shares the other dimension: a different
+    operator.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        rank: the number of shards, from 1 to ``out_features``.
+        scale: factor of the delta; finite.
+        dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter (not of the base) in training mode.
+        adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 where that is half precision.
+
+    Shape:
+        - Input: ``(..., in_features)``
+        - Output: ``(..., out_features)``
+
+    Attributes:
+        weight, bias: the base layer's, ``(out_features, in_features)`` and ``(out_features)``; the constructor freezes them.
+        miss_D: ``(rank, in_features)``, zero at first; trainable.
+
+    Raises:
+        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
+
+    >>> layer = MiSSLinear(10, 3, rank=2)
+    >>> layer(torch.randn(2, 7, 10)).shape, layer.miss_D.shape, layer.delta_weight().shape
+    (torch.Size([2, 7, 3]), torch.Size([2, 10]), torch.Size([3, 10]))
+    """
+
+    shared_axis = 0
+    expand = staticmethod(functional.expand_shards)
+    add_delta = staticmethod(functional.miss_linear)
+
+
+METHODS: dict[str, type[AdaptedLinear]] = {"misse": MiSSeLinear, "miss": MiSSLinear}
+
+
+def check_settings(name: str, *, scale: float, dropout: float, adapter_dtype: torch.dtype | None) -> tuple[float, float]:
+    """``scale`` and ``dropout`` as floats, or a `ShapeError` that names the argument and its rule."""
+    if not _is_real(scale):
+        raise ShapeError(explain(name, "scale must be a number", expected="a finite number", actual=f"scale={scale!r}"))
+    if not _is_real(dropout) or not 0 <= dropout < 1:
+        rule = "dropout must be a probability"
+        raise ShapeError(explain(name, rule, expected="0 <= dropout < 1", actual=f"dropout={dropout!r}"))
+    if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
+        rule, expected = "adapter_dtype must be trainable", ", ".join(map(str, (None, *ADAPTER_DTYPES)))
+        raise ShapeError(explain(name, rule, expected=expected, actual=f"adapter_dtype={adapter_dtype!r}"))
+    return float(scale), float(dropout)
+
+
+def _is_real(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int beyond the range of floats
+        return False
+
+
+# The names that a module must not have as attributes of its own, since ours would hide them or be hidden.
+OUR_NAMES = (set(dir(MiSSeLinear)) | set(AdaptedLinear.__annotations__)) - set(dir(nn.Linear))
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """Whether a user would call ``module`` a linear layer: an `nn.Linear` of any subclass, or the `Conv1D` of transformers."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    return isinstance(module, (nn.Linear, conv1d))
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module that `looks_linear` cannot be adapted, and what to do; None if it can.
+
+    A layer that is adapted already is for the caller to tell.
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if type(module) is not nn.Linear:
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            return f"is a {kind}, which has no shape yet: run the model once, then inject"
+        if nn.utils.parametrize.is_parametrized(module):
+            return f"is parametrized ({kind}): call torch.nn.utils.parametrize.remove_parametrizations first"
+        return f"is a {kind}; only torch.nn.Linear itself is adapted, as another type may compute something else"
+    if not isinstance(module._parameters.get("weight"), Tensor):
+        return "has no parameter 'weight' of its own (weight_norm, spectral_norm, pruning?): remove what replaced it"
+    if "forward" in module.__dict__:
+        return "has an instance-level forward, which would bypass the adapter (accelerate's hooks?): remove it, then inject"
+    if isinstance(module.weight, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())):
+        return "has a DTensor weight: inject first, then parallelize"
+    own = (set(module.__dict__) | set(module._parameters) | set(module._buffers) | set(module._modules)) & OUR_NAMES
+    if own:
+        return f"has attributes of its own named {sorted(own)}, which the adapter needs: rename them"
+    return None
