@@ -97,9 +97,12 @@ def inject(
         form.swap_(linear, d, scale, dropout)
     for module, reason in selection.skipped:
         module.__dict__[SKIPPED] = reason
-    for layer in _encoder_layers(model):
-        if not _switch(layer):
+    for layer in _holders(model, nn.TransformerEncoderLayer):
+        if keep_slow_path not in layer._forward_hooks.values():
             layer.register_forward_hook(keep_slow_path)
+    for encoder in _holders(model, nn.TransformerEncoder):
+        if keep_padding not in encoder._forward_pre_hooks.values():
+            encoder.register_forward_pre_hook(keep_padding, with_kwargs=True)
     return model
 
 
@@ -127,14 +130,16 @@ def eject(model: Model) -> Model:
             kinds = " or ".join(kind.__name__ for kind in METHODS.values())
             rule = "its class has been swapped since it was adapted, so that eject does not know the way back"
             raise StateError(explain(name or type(layer).__name__, rule, expected=kinds, actual=type(layer).__name__))
-    layers = list(_encoder_layers(model))
+    holders = [*_holders(model, nn.TransformerEncoderLayer), *_holders(model, nn.TransformerEncoder)]
     for layer in adapted.values():
         layer.swap_back_()
     for module in model.modules():
         module.__dict__.pop(SKIPPED, None)
-    for encoder_layer in layers:
-        for key in _switch(encoder_layer):
-            del encoder_layer._forward_hooks[key]
+    for module in holders:
+        for key in [key for key, hook in module._forward_hooks.items() if hook is keep_slow_path]:
+            del module._forward_hooks[key]
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is keep_padding]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return model
 
 
@@ -145,15 +150,25 @@ def keep_slow_path(module: nn.Module, args: Any, output: Any) -> None:
     """
 
 
-def _switch(layer: nn.Module) -> list[int]:
-    """The keys under which ``layer`` holds `keep_slow_path`."""
-    return [key for key, hook in layer._forward_hooks.items() if hook is keep_slow_path]
+def keep_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook that keeps `nn.TransformerEncoder` from nested tensors where gradients are wanted.
+
+    In eval mode, under a padding mask, that class looks for a parameter that requires grad, sees that the base is frozen, and
+    passes nested tensors on, for which attention has no gradient. An input that requires grad is the sign that it looks for.
+    """
+    padded = len(args) > 2 or "src_key_padding_mask" in kwargs
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    if module.training or not padded or not trained or torch.compiler.is_compiling():
+        return None
+    src = args[0] if args else kwargs["src"]
+    src = src if src.requires_grad else src.detach().requires_grad_()
+    return ((src, *args[1:]), kwargs) if args else (args, kwargs | {"src": src})
 
 
-def _encoder_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
-    """The encoder layers whose fused path would bypass an adapter."""
-    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    return [layer for layer in layers if any(isinstance(module, AdaptedLinear) for module in layer.modules())]
+def _holders(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """The modules of a type that hold an adapter somewhere inside."""
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    return [module for module in found if any(isinstance(inner, AdaptedLinear) for inner in module.modules())]
 
 
 def _layers(model: nn.Module) -> dict[int, str | None]:

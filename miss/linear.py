@@ -172,10 +172,12 @@ class AdaptedLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As `nn.Module`, but a ``miss_D`` that `to_empty` brings from the meta device is zero, not uninitialised."""
+        """As `nn.Module`, but what `to_empty` or a move off the meta device leaves uninitialised in ``miss_D`` is zero."""
         was_meta = self.miss_D.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
-        if was_meta and not self.miss_D.is_meta:
+        # The code object, since a module with two names is visited twice, and only the first time comes from meta.
+        emptied = getattr(fn, "__code__", None) in nn.Module.to_empty.__code__.co_consts
+        if (was_meta or emptied) and not self.miss_D.is_meta:
             self.reset_adapter()
         return self
 

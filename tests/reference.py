@@ -1,0 +1,48 @@
+"""A slow oracle, written from the paper's equations loop by loop. It shares no code with the package."""
+
+import torch
+from torch import Tensor
+
+
+def shard_sizes(out_features: int, shards: int) -> list[int]:
+    """Rows dealt out one at a time: sizes differ by at most one, larger first."""
+    sizes = [0] * shards
+    for row in range(out_features):
+        sizes[row % shards] += 1
+    return sizes
+
+
+def delta(method: str, d: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The dense delta at scale 1, entry by entry."""
+    if method == "misse":  # column c is D[:, c mod r]
+        rank = d.shape[1]
+        return torch.stack([torch.stack([d[o, c % rank] for c in range(in_features)]) for o in range(out_features)])
+    shard_of = [shard for shard, size in enumerate(shard_sizes(out_features, d.shape[0])) for _ in range(size)]
+    return torch.stack([torch.stack([d[shard_of[o], c] for c in range(in_features)]) for o in range(out_features)])
+
+
+def factor(method: str, rank: int, out_features: int, in_features: int) -> Tensor:
+    """The frozen 0/1 factor that makes the form a LoRA: A, ``(r, in)``, of MiSSe, or B, ``(out, r)``, of MiSS."""
+    if method == "misse":
+        return torch.tensor([[float(c % rank == j) for c in range(in_features)] for j in range(rank)], dtype=torch.float64)
+    shard_of = [shard for shard, size in enumerate(shard_sizes(out_features, rank)) for _ in range(size)]
+    return torch.tensor([[float(shard == j) for j in range(rank)] for shard in shard_of], dtype=torch.float64)
+
+
+def sharded(method: str, x: Tensor, d: Tensor, out_features: int) -> Tensor:
+    """``expand(D) x`` for one input vector, as the equations write it: block by block (Eq. 4-7) or shard by shard (Eq. 2-3)."""
+    if method == "misse":
+        rank = d.shape[1]
+        padded = torch.cat([x, x.new_zeros(-len(x) % rank)])
+        s = sum(padded[start : start + rank] for start in range(0, len(padded), rank))
+        return torch.stack([sum(d[o, j] * s[j] for j in range(rank)) for o in range(out_features)])
+    rows = []
+    for shard, size in enumerate(shard_sizes(out_features, d.shape[0])):
+        rows += [sum(d[shard, c] * x[c] for c in range(len(x)))] * size
+    return torch.stack(rows)
+
+
+def output(method: str, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+    """``x (W0 + scale * expand(D))^T + b`` in the dtype of the arguments; call it with float64."""
+    y = x @ (weight + scale * delta(method, d, *weight.shape)).T
+    return y if bias is None else y + bias

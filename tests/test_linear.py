@@ -1,0 +1,320 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import nn
+
+from miss import MiSSeLinear, MissError, MiSSLinear, ShapeError, StateError, TargetError, disabled
+from tests import reference
+from tests.strategies import DTYPES, FORMS, Case, cases, tolerance
+
+RAGGED = [Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0), Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0)]
+forms = pytest.mark.parametrize("form", FORMS.values())
+ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, "same"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(case=cases())
+@example(case=Case("misse", 12, 5, 4, True, 1.0, (3,), 1))
+@example(case=Case("miss", 5, 12, 4, True, 1.0, (3,), 1))
+@example(case=RAGGED[0])
+@example(case=RAGGED[1])
+def test_sharded_forward_equals_oracle_and_merged_weight(case: Case, dtype: torch.dtype, adapter_dtype: str | None):
+    layer, x = case.layer(dtype, dtype if adapter_dtype else None), case.input(dtype).requires_grad_()
+    y = layer(x)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64).to(dtype)
+    grad_x, grad_d = torch.autograd.grad(y, (x, layer.miss_D), g)
+
+    w, b = layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    x64, d64, g64 = x.detach().double().requires_grad_(), layer.miss_D.detach().double().requires_grad_(), g.double()
+    exact = reference.output(case.method, x64, w, b, d64, case.scale)
+    exact_x, exact_d = torch.autograd.grad(exact, (x64, d64), g64, allow_unused=True)
+    exact_d = torch.zeros_like(d64) if exact_d is None else exact_d
+
+    # The same sums over absolute values bound the rounding.
+    ax, ad, ag = x64.detach().abs().requires_grad_(), d64.detach().abs().requires_grad_(), g64.abs()
+    size = reference.output(case.method, ax, w.abs(), None if b is None else b.abs(), ad, abs(case.scale))
+    size_x, size_d = torch.autograd.grad(size, (ax, ad), ag, allow_unused=True)
+    size_d = torch.zeros_like(ad) if size_d is None else size_d
+    terms = case.in_features + case.out_features + x.numel() + 1
+
+    merged = F.linear(x, (layer.weight + layer.delta_weight()).to(dtype), layer.bias)
+    for got, want, magnitude in ((y, exact, size), (merged, exact, size), (grad_x, exact_x, size_x), (grad_d, exact_d, size_d)):
+        assert got.shape == want.shape
+        assert ((got.double() - want).abs() <= tolerance(dtype, magnitude.detach(), terms)).all()
+    assert (y.dtype, grad_x.dtype, grad_d.dtype) == (dtype, dtype, layer.miss_D.dtype)
+
+
+@given(case=cases(max_size=5))
+def test_gradcheck_and_gradgradcheck(case: Case):
+    layer, x = case.layer(), case.input().requires_grad_()
+
+    def forward(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"miss_D": d}, (x,))
+
+    d = layer.miss_D.detach().clone().requires_grad_()
+    if 0 in case.leading:
+        return
+    assert torch.autograd.gradcheck(forward, (x, d), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(forward, (x, d))
+
+
+@given(case=cases())
+def test_zero_adapter_gives_the_base_bitwise(case: Case):
+    for dtype in DTYPES:
+        layer, x = case.layer(dtype), case.input(dtype)
+        layer.reset_adapter()
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@given(case=cases())
+def test_rank_bound_and_lora_equivalence(case: Case):
+    layer = case.layer()
+    with torch.no_grad():
+        delta = layer.delta_weight()
+        zero_one = reference.factor(case.method, case.rank, case.out_features, case.in_features)
+        d = layer.miss_D
+        lora = d @ zero_one if case.method == "misse" else zero_one @ d
+        torch.testing.assert_close(delta, case.scale * lora, rtol=0, atol=0)
+        assert torch.linalg.matrix_rank(delta) <= case.rank == layer.rank
+
+
+def test_the_two_forms_are_different_operators():
+    # MiSSe repeats columns, MiSS repeats rows; a delta of one is not a delta of the other.
+    misse, miss = MiSSeLinear(4, 4, 2), MiSSLinear(4, 4, 2)
+    with torch.no_grad():
+        misse.miss_D.copy_(torch.arange(8.0).reshape(4, 2))
+        miss.miss_D.copy_(torch.arange(8.0).reshape(2, 4))
+        a, b = misse.delta_weight(), miss.delta_weight()
+    assert torch.equal(a[:, :2], a[:, 2:])
+    assert not torch.equal(a[:1].expand(2, 4), a[:2])
+    assert torch.equal(b[0], b[1])
+    assert not torch.equal(b[:, :2], b[:, 2:])
+
+
+@ragged
+def test_functional_transforms(case: Case):
+    layer, x = case.layer(), case.input()
+    d = layer.miss_D.detach()
+    many = torch.randn(5, *d.shape, dtype=d.dtype)
+
+    def forward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"miss_D": d}, (x,))
+
+    with torch.no_grad():
+        looped = torch.stack([forward(one, x) for one in many])
+        torch.testing.assert_close(torch.vmap(forward, (0, None))(many, x), looped)
+        torch.testing.assert_close(torch.vmap(forward, (None, 0))(d, x), forward(d, x))
+    _, tangent = torch.func.jvp(lambda d: forward(d, x), (d,), (many[0],))
+    torch.testing.assert_close(tangent, forward(d + many[0], x) - forward(d, x))
+
+    def loss(d: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return forward(d, row).square().sum()
+
+    rows = x.reshape(-1, case.in_features)
+    per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(d, rows)
+    torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss)(d, row) for row in rows]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@ragged
+def test_autocast_gives_the_base_layers_dtype(case: Case, dtype: torch.dtype):
+    layer, x = case.layer(torch.float32), case.input(torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+        with disabled(layer):
+            assert y.dtype == layer(x).dtype == dtype
+    tensors = [t.detach().double() for t in (x, layer.weight, layer.bias, layer.miss_D)]
+    exact = reference.output(case.method, *tensors, 1.0)
+    magnitude = reference.output(case.method, *(t.abs() for t in tensors), 1.0)
+    assert ((y.double() - exact).abs() <= tolerance(dtype, magnitude, case.in_features)).all()
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert layer.miss_D.grad is not None
+    assert layer.miss_D.grad.dtype == torch.float32
+
+
+@forms
+def test_fp16_block_sums_that_overflow(form: type[nn.Linear]):
+    layer = form(64, 4, 2, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.miss_D.fill_(1e-2)
+        y = layer(torch.full((1, 64), 6e3).half())  # a block sums to 192,000, beyond fp16
+    torch.testing.assert_close(y.float(), torch.full((1, 4), 64 * 6e3 * 1e-2) + layer.bias.float(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_reduces_without_a_full_width_copy(dtype: torch.dtype):
+    layer, x = MiSSeLinear(1024, 8, 16, dtype=dtype), torch.randn(4096, 1024).to(dtype)
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.no_grad(),
+    ):
+        layer(x)
+    largest = max(event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert largest < x.nbytes  # an fp32 copy would be twice that
+
+
+@forms
+def test_dropout_acts_on_the_adapter_in_training_only(form: type[nn.Linear]):
+    layer, x = form(8, 4, 2, dropout=0.5), torch.ones(64, 8)
+    base = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), base)
+    nn.init.ones_(layer.miss_D)
+    assert len(layer(x).unique(dim=0)) > 1
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    dropped = F.dropout(x, 0.5)
+    torch.testing.assert_close(y, base + F.linear(dropped, layer.delta_weight()))
+    layer.eval()
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.delta_weight(), layer.bias))
+
+
+@ragged
+def test_compile_fullgraph_equals_eager(case: Case):
+    layer, x = case.layer(torch.float32), case.input(torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    with disabled(layer):
+        torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
+    compiled(x).sum().backward()
+    got, layer.miss_D.grad = layer.miss_D.grad, None
+    layer(x).sum().backward()
+    torch.testing.assert_close(got, layer.miss_D.grad)
+
+
+@ragged
+def test_compile_with_inductor(case: Case):
+    layer, x = case.layer(torch.float32), case.input(torch.float32)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+@ragged
+def test_pickle_deepcopy_and_save(case: Case):
+    layer, x = case.layer(), case.input()
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    with disabled(layer):  # a copy made in here is outside
+        copies = [pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), torch.load(buffer, weights_only=False)]
+    for other in copies:
+        assert type(other) is type(layer)
+        assert torch.equal(other(x), layer(x))
+        assert repr(other) == repr(layer)
+        for name in ("scale", "dropout"):  # as an older version, without the setting, would have pickled it
+            del other.__dict__[name]
+        other(x)
+
+
+@forms
+def test_constructor_freezes_the_base(form: type[nn.Linear]):
+    layer = form(6, 4, 2, device="cpu", dtype=torch.float64)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"miss_D"}
+    assert list(layer.state_dict()) == ["weight", "bias", "miss_D"]
+    assert isinstance(layer, nn.Linear)
+    assert not layer.miss_D.any()
+    assert layer.miss_D.dtype == torch.float64
+
+
+def test_adapter_dtype():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert MiSSeLinear(4, 4, 2, dtype=dtype).miss_D.dtype == torch.float32
+    layer = MiSSeLinear(4, 4, 2, dtype=torch.float32, adapter_dtype=torch.bfloat16)
+    assert layer.miss_D.dtype == layer.delta_weight().dtype == torch.bfloat16
+    assert layer(torch.randn(4)).dtype == torch.float32
+
+
+@forms
+def test_adopt_keeps_the_object_and_its_flags(form: type[nn.Linear]):
+    linear = nn.Linear(6, 4).eval()
+    linear.bias.requires_grad_(False)
+    parameters = [id(p) for p in linear.parameters()]
+    with torch.inference_mode():
+        assert form.adopt_(linear, 2, scale=3) is linear
+    assert [id(p) for p in linear.parameters()][:2] == parameters
+    assert (linear.weight.requires_grad, linear.bias.requires_grad, linear.miss_D.requires_grad) == (True, False, True)
+    assert not linear.miss_D.is_inference()
+    assert not linear.training
+    assert (linear.rank, linear.scale) == (2, 3.0)
+    with pytest.raises(StateError, match="already"):
+        form.adopt_(linear, 2)
+    with pytest.raises(TargetError, match="NonDynamicallyQuantizableLinear"):
+        form.adopt_(nn.MultiheadAttention(4, 2).out_proj, 2)
+    with pytest.raises(TargetError, match=r"nn\.Linear"):
+        form.adopt_(nn.ReLU(), 2)
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, 1.0, "4", None, 7, 10**30])
+def test_wrong_rank(rank: object):
+    with pytest.raises(ShapeError, match=r"(?s)rank.*1 <= rank <= 6"):
+        MiSSeLinear(6, 10, rank)
+    with pytest.raises(ShapeError, match=r"(?s)rank.*1 <= rank <= 6"):
+        MiSSLinear(10, 6, rank)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True, 10**400, torch.tensor(1.0)], ids=str)
+def test_wrong_scale_and_dropout(value: object):
+    with pytest.raises(ShapeError, match="scale"):
+        MiSSeLinear(6, 4, 2, scale=value)
+    with pytest.raises(ShapeError, match="dropout"):
+        MiSSeLinear(6, 4, 2, dropout=value)
+
+
+def test_other_wrong_arguments():
+    for dropout in (-0.1, 1, 1.5):
+        with pytest.raises(ShapeError, match="0 <= dropout < 1"):
+            MiSSLinear(6, 4, 2, dropout=dropout)
+    for dtype in (torch.int64, "float32", torch.complex64):
+        with pytest.raises(ShapeError, match="adapter_dtype"):
+            MiSSLinear(6, 4, 2, adapter_dtype=dtype)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        MiSSLinear(6, 4, 2)(torch.randn(2, 5))
+    assert issubclass(ShapeError, MissError)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@given(st.sampled_from(sorted(FORMS)), st.lists(st.integers(0, 4), min_size=1, max_size=4))
+def test_strided_nested_input(method: str, lengths: list[int]):
+    layer = Case(method, 5, 7, 3, True, 1.0, (), 0).layer()
+    rows = [torch.randn(length, 5, dtype=torch.float64) for length in lengths]
+    out = layer(torch.nested.as_nested_tensor(rows))
+    for got, row in zip(out.unbind(), rows, strict=True):
+        torch.testing.assert_close(got, layer(row))
+
+
+@forms
+def test_meta_to_empty_and_reset(form: type[nn.Linear]):
+    layer = form(6, 4, 2, device="meta")
+    assert layer.miss_D.is_meta
+    layer.to_empty(device="cpu")
+    assert not layer.miss_D.any()
+    with torch.no_grad():
+        layer.miss_D.fill_(float("nan"))
+    layer.to_empty(device="cpu")
+    assert not layer.miss_D.any()
+    with torch.no_grad():
+        layer.miss_D.fill_(float("nan"))
+    layer.reset_parameters()
+    assert not layer.miss_D.any()
+    assert layer.weight.isfinite().all()
+
+
+@forms
+@pytest.mark.parametrize("assign", [False, True])
+def test_meta_then_a_base_checkpoint(form: type[nn.Linear], assign: bool):
+    layer, base = form(6, 4, 2, device="meta"), nn.Linear(6, 4)
+    if not assign:
+        layer.to_empty(device="cpu")
+    missing = layer.load_state_dict(base.state_dict(), strict=False, assign=assign).missing_keys
+    assert missing == ["miss_D"]
+    x = torch.randn(3, 6)
+    assert torch.equal(layer(x), base(x))
+    assert layer.miss_D.requires_grad
