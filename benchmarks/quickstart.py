@@ -202,6 +202,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     if args.words is not None and args.words < 100:
         parser.error(f"argument --words: at least 100 are needed for the three splits, not {args.words}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: must be from 0 to 2**63 - 1, not {args.seed}")
     require_extras()
     start = time.perf_counter()
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     try:
         model = build(encoder, tokenizer, **settings)
     except MissError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error("; ".join(" ".join(line.split()) for line in str(error).splitlines()))
     print(summary(model))
     train, val, test = load_splits(args.words)
     print(f"words: {len(train.words)} train, {len(val.words)} validation, {len(test.words)} test", flush=True)

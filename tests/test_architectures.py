@@ -1,0 +1,70 @@
+"""Tiny random models of real architectures: every linear layer adapted, called, trained, taken out again."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from miss import adapted_modules, adapter_parameters, disabled, eject, inject, summary, verify
+from tests.models import snapshot
+
+TOKENS = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]])}
+SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 31}
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor]]] = {
+    "llama": (
+        lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**SIZES, num_key_value_heads=1, intermediate_size=20, tie_word_embeddings=True)
+        ),
+        TOKENS,
+    ),
+    "gpt_neox": (lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, intermediate_size=20)), TOKENS),
+    "bert": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, intermediate_size=20)), TOKENS),
+    "t5": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=12, d_kv=6, d_ff=20, num_layers=2, num_heads=2, vocab_size=31)
+        ),
+        TOKENS | {"decoder_input_ids": TOKENS["input_ids"]},
+    ),
+    "vit": (
+        lambda: transformers.ViTForImageClassification(
+            transformers.ViTConfig(
+                hidden_size=12,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=20,
+                image_size=8,
+                patch_size=4,
+                num_labels=7,
+            )
+        ),
+        {"pixel_values": torch.ones(1, 3, 8, 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["misse", "miss"])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_linear_layer(name: str, method: str):
+    build, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model = build().eval().requires_grad_(False)  # frozen, since torch chooses attention kernels by that flag
+    before, base = snapshot(model), model(**inputs).logits
+    inject(model, "all-linear", rank=5, method=method)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    assert len(adapted_modules(model)) == len(linear) == len(summary(model).layers)
+    verify(model, **inputs)
+    assert torch.equal(model(**inputs).logits, base)
+    for d in adapter_parameters(model):
+        nn.init.normal_(d)
+    tuned = model(**inputs).logits
+    assert not torch.equal(tuned, base)
+    tuned.square().mean().backward()
+    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.grad is not None} == {"miss_D"}
+    with disabled(model):
+        assert torch.equal(model(**inputs).logits, base)
+    eject(model)
+    assert snapshot(model) == before
+    assert torch.equal(model(**inputs).logits, base)
