@@ -187,8 +187,12 @@ def _count(layers: list[AdaptedLinear], step: int) -> None:
                 layer._disabled = max(0, layer._disabled + step)
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    return 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
+def _numel(parameter: Tensor) -> int:
+    return 0 if _is_lazy(parameter) else parameter.numel()
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
 
 
 def _layer_summary(name: str, layer: AdaptedLinear) -> LayerSummary:
@@ -233,14 +237,17 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore each module's buffers: the same tensors, with the contents that they had."""
-    kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = [(m, dict(m._buffers)) for m in model.modules()]
-    contents = {id(b): (b, b.clone()) for _, buffers in kept for b in buffers.values() if b is not None}
+    kept = [(m, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    contents = [(b, b.clone()) for b in model.buffers() if b.layout == torch.strided and not b.is_meta and not _is_lazy(b)]
     try:
         yield
     finally:
         for module, buffers in kept:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        for buffer, content in contents.values():
-            if not buffer.is_meta and not torch.equal(buffer, content):
-                buffer.copy_(content)
+            if {name: id(b) for name, b in module._buffers.items()} != {name: id(b) for name, b in buffers.items()}:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+        for buffer, content in contents:
+            same = (buffer == content) | ((buffer != buffer) & (content != content))  # NaN is the same as NaN
+            if not same.all():
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.copy_(content)

@@ -48,7 +48,7 @@ def block_sum(x: Tensor, rank: int) -> Tensor:
 
 
 def block_mean(x: Tensor, rank: int) -> Tensor:
-    """``block_sum(x, rank) / g`` with ``g = i // rank``, which stays in range where the sum may overflow fp16.
+    """``block_sum(x, rank) / g``, ``g`` blocks, the short one included: it stays in range where the sum may overflow fp16.
 
     Args:
         x: ``(..., i)``.
@@ -66,7 +66,8 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
         mean = torch.cat([_reduce(chunk, rank, "mean") for chunk in rows]).reshape(*x.shape[:-1], rank)
     else:
         mean = _reduce(blocks, rank, "mean")
-    return mean if tail is None else mean + tail / (x.shape[-1] // rank)
+    whole = blocks.shape[-1] // rank
+    return mean if tail is None else mean * (whole / (whole + 1)) + tail / (whole + 1)
 
 
 def expand_blocks(d: Tensor, in_features: int) -> Tensor:
@@ -120,7 +121,7 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
     """
     rank = d.shape[-1]
     if y.dtype == torch.float16:
-        s, factor = block_mean(x, rank), scale * (x.shape[-1] // rank)
+        s, factor = block_mean(x, rank), scale * -(-x.shape[-1] // rank)
     else:
         s, factor = block_sum(x, rank), scale
     return y + F.linear(s.to(y.dtype), _scaled(d, factor, y.dtype))
@@ -160,7 +161,7 @@ def _reduce(blocks: Tensor, rank: int, how: str) -> Tensor:
 
 def _shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]:
     """The runs of equal shards, larger first: ``(which shards, which outputs, outputs per shard)``."""
-    size, larger = divmod(out_features, shards)
+    size, larger = divmod(int(out_features), int(shards))  # torch.jit.trace gives tensors
     cut = larger * (size + 1)
     equal = (slice(larger, shards), slice(cut, out_features), size)
     return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]

@@ -16,6 +16,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Attribute of a layer that a target matched and `inject` passed over: the reason, for `summary`.
 SKIPPED = "_miss_skipped"
+# Attribute of a model that `inject` was called on: a later call freezes less.
+INJECTED = "_miss_injected"
 
 
 def inject(
@@ -79,6 +81,7 @@ def inject(
         if isinstance(linear, AdaptedLinear):
             do = "eject(model), or leave it out with exclude"
             raise StateError(explain(name or type(linear).__name__, "is adapted already", do=do))
+    root = targeting.unwrapped(model)
     plan: list[tuple[nn.Linear, nn.Parameter]] = []
     for name, linear in selection.adapt:
         checked = form.check_rank(name or type(linear).__name__, rank, linear.in_features, linear.out_features)
@@ -86,13 +89,14 @@ def inject(
 
     # All is checked and allocated: from here on nothing fails.
     if freeze:
-        first_call = not targeting.instances(model, AdaptedLinear)
         kept = {id(p) for module in selection.trainable for p in module._parameters.values()}
-        scope: list[nn.Module] = [model] if first_call else [linear for linear, _ in plan]
+        kept |= {id(layer.miss_D) for layer in targeting.instances(model, AdaptedLinear).values()}
+        scope: list[nn.Module] = [linear for linear, _ in plan] if INJECTED in root.__dict__ else [model]
         for module in scope:
             for parameter in module.parameters():
                 if id(parameter) not in kept:
-                    parameter.requires_grad_(False)
+                    parameter.requires_grad = False  # not requires_grad_(), which a lazy parameter does not have
+    root.__dict__[INJECTED] = True
     for linear, d in plan:
         form.swap_(linear, d, scale, dropout)
     for module, reason in selection.skipped:
@@ -130,12 +134,11 @@ def eject(model: Model) -> Model:
             kinds = " or ".join(kind.__name__ for kind in METHODS.values())
             rule = "its class has been swapped since it was adapted, so that eject does not know the way back"
             raise StateError(explain(name or type(layer).__name__, rule, expected=kinds, actual=type(layer).__name__))
-    holders = [*_holders(model, nn.TransformerEncoderLayer), *_holders(model, nn.TransformerEncoder)]
     for layer in adapted.values():
         layer.swap_back_()
     for module in model.modules():
         module.__dict__.pop(SKIPPED, None)
-    for module in holders:
+        module.__dict__.pop(INJECTED, None)
         for key in [key for key, hook in module._forward_hooks.items() if hook is keep_slow_path]:
             del module._forward_hooks[key]
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is keep_padding]:

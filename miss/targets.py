@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -12,7 +13,7 @@ from torch import nn
 
 from miss.errors import TargetError, explain
 
-__all__ = ["Selection", "Target", "Targets", "instances", "select", "walk"]
+__all__ = ["Selection", "Target", "Targets", "instances", "select", "unwrapped", "walk"]
 
 Target: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Iterable[Target]"
@@ -20,6 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 Matcher: TypeAlias = Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
+MOST_NAMES = 1000  # of one module; modules that refer to each other in circles have names without end
 _DISTRIBUTED = "torch.distributed.algorithms"
 
 
@@ -33,12 +35,12 @@ class Selection:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every ``(name, module)`` of a model, parents first; a module with several names comes once for each.
+    """Every ``(name, module)`` of a model, parents first; a module with several names comes once for each, of the first 1,000.
 
     Names leave out the wrappers of `torch.compile`, data parallelism and activation checkpointing, recognised by type; a
     wrapper and what it wraps have the same name.
     """
-    yield from _walk(model, "", ())
+    yield from _walk(model, "", (), Counter())
 
 
 def instances(model: nn.Module, kind: type[M]) -> dict[str, M]:
@@ -48,6 +50,13 @@ def instances(model: nn.Module, kind: type[M]) -> dict[str, M]:
         if isinstance(module, kind):
             found.setdefault(id(module), (name, module))
     return dict(found.values())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers that `walk` leaves out of names."""
+    while (key := _wrapped_child(model)) is not None:
+        model = getattr(model, key)
+    return model
 
 
 def select(
@@ -114,13 +123,16 @@ def select(
 _FORMS = "a str, compiled pattern, module type, callable(name, module), or an iterable of these"
 
 
-def _walk(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(module: nn.Module, name: str, above: tuple[nn.Module, ...], visits: Counter[int]) -> Iterator[tuple[str, nn.Module]]:
+    visits[id(module)] += 1
+    if visits[id(module)] > MOST_NAMES:
+        return
     yield name, module
     wrapped = _wrapped_child(module)
     for key, child in module._modules.items():
         if child is not None and not any(child is parent for parent in (*above, module)):
             child_name = name if key == wrapped else f"{name}.{key}" if name else key
-            yield from _walk(child, child_name, (*above, module))
+            yield from _walk(child, child_name, (*above, module), visits)
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
@@ -174,9 +186,7 @@ def _matcher(target: Target, not_linear: set[int]) -> Matcher:
 
 def _output_head(model: nn.Module) -> set[int]:
     """The module that ``model.get_output_embeddings()`` names, by id; empty where the model has no such method or head."""
-    while (key := _wrapped_child(model)) is not None:
-        model = model._modules[key] or model
-    ask = getattr(model, "get_output_embeddings", None)
+    ask = getattr(unwrapped(model), "get_output_embeddings", None)
     head = ask() if callable(ask) else None
     return {id(head)} if isinstance(head, nn.Module) else set()
 
@@ -210,7 +220,9 @@ def _no_match(
     if hits:
         kinds = ", ".join(sorted({type(module).__name__ for module in hits.values()}))
         return explain(where, "matches no torch.nn.Linear", actual=kinds, do=_nearest(target, names))
-    return explain(where, "matches nothing", do=_nearest(target, names))
+    others = {type(module).__name__ for _, module in tree if layers.get(id(module)) is not None}
+    actual = f"linear layers that cannot be adapted: {', '.join(sorted(others))}" if others else None
+    return explain(where, "matches nothing", actual=actual, do=_nearest(target, names))
 
 
 def _shown(target: Target) -> str:

@@ -171,6 +171,16 @@ def test_verify_on_compiled_and_checkpointed_models(checkpointing: str | None, c
         verify(callee, TOKENS)
 
 
+def test_verify_with_unusual_buffers():
+    model = inject(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
+    model.register_buffer("sparse", torch.eye(4).to_sparse())
+    model.register_buffer("expanded", torch.tensor(float("nan")).expand(3))
+    model.register_buffer("absent", None)
+    with torch.inference_mode():
+        model.register_buffer("inference", torch.ones(2))
+    verify(model, torch.randn(4))
+
+
 def test_verify_keeps_an_instance_level_forward():
     model = inject(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     inner = model[0].forward

@@ -162,6 +162,24 @@ def test_freezing():
     assert not frozen.layers[0].norm.bias.requires_grad
 
 
+def test_the_first_call_freezes_whatever_is_in_the_model_before():
+    model = nn.Sequential(MiSSeLinear(4, 4, 2), nn.Linear(4, 4), nn.Linear(4, 4))
+    inject(torch.compile(model, backend="eager"), "1", rank=2)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"0.miss_D", "1.miss_D"}
+    model[2].requires_grad_(True)
+    inject(model, "2", rank=2, trainable="2")
+    assert model[2].weight.requires_grad
+    eject(model)
+    inject(model, "1", rank=2)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"1.miss_D"}
+
+
+def test_a_lazy_module_that_is_no_target():
+    model = inject(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), "0", rank=2)
+    model(torch.randn(2, 4))
+    assert not model[1].weight.requires_grad
+
+
 def test_tied_weights_stay_tied():
     model = inject(Decoder(), "lm_head", rank=2)
     assert model.lm_head.weight is model.embed.weight
@@ -278,6 +296,8 @@ def test_encoder_hook_is_one_and_leaves_with_the_last_adapter():
     inject(layer, "linear2", rank=2)
     assert list(layer._forward_hooks.values()) == [print, keep_slow_path]
     eject(layer.linear1)
+    assert keep_slow_path in layer._forward_hooks.values()
+    eject(layer.linear2)
     assert keep_slow_path in layer._forward_hooks.values()
     eject(layer)
     assert list(layer._forward_hooks.values()) == [print]

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -148,6 +149,24 @@ def test_fp16_block_sums_that_overflow(form: type[nn.Linear]):
         layer.miss_D.fill_(1e-2)
         y = layer(torch.full((1, 64), 6e3).half())  # a block sums to 192,000, beyond fp16
     torch.testing.assert_close(y.float(), torch.full((1, 4), 64 * 6e3 * 1e-2) + layer.bias.float(), rtol=2e-3, atol=0)
+
+
+def test_fp16_ragged_block_sums_that_overflow():
+    layer = MiSSeLinear(7, 2, 4, bias=False, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.miss_D.fill_(1e-3)
+        y = layer(torch.full((1, 7), 4e4).half())  # one whole block and a short one: 80,000
+    torch.testing.assert_close(y.float(), torch.full((1, 2), 7 * 4e4 * 1e-3), rtol=2e-3, atol=0)
+
+
+@ragged
+def test_trace(case: Case):
+    layer, x = case.layer(), case.input()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated and says so
+        traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

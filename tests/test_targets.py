@@ -181,6 +181,25 @@ def test_a_user_attribute_that_looks_like_a_wrapper_stays_in_the_name():
     assert [name for name, _ in walk(model)] == ["", "module", "module.0"]
 
 
+def test_modules_that_all_refer_to_each_other_are_walked_in_bounded_time():
+    blocks = [nn.Module() for _ in range(9)]
+    for block in blocks:
+        block.fc = nn.Linear(4, 4)
+        for k, other in enumerate(blocks):
+            if other is not block:
+                setattr(block, f"peer{k}", other)
+    model = inject(nn.ModuleList(blocks), "all-linear", rank=2)
+    assert len(list(walk(model))) <= 1000 * 20
+    assert len(adapted_modules(model)) == 9
+
+
+def test_conv1d_is_named_where_all_linear_finds_nothing():
+    from transformers.pytorch_utils import Conv1D
+
+    with pytest.raises(TargetError, match="Conv1D"):
+        inject(nn.Sequential(Conv1D(4, 4)), "all-linear", rank=2)
+
+
 def test_a_module_that_contains_itself_through_a_child_is_walked_once():
     model = nn.Sequential(nn.Linear(2, 2))
     model._modules["loop"] = model
