@@ -16,6 +16,11 @@ Every function is made of differentiable torch operations that write to no argum
 (twice), ``torch.func``, ``torch.compile`` and tensor subclasses.
 """
 
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -120,7 +125,11 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
         is half precision; only ``S`` is cast. In fp16, where the sum may overflow, it is a mean and ``d`` takes the factor.
     """
     rank = d.shape[-1]
-    if y.dtype == torch.float16:
+    if _is_dtensor(x):
+        blocks = -(-x.shape[-1] // rank)
+        power = 2.0 ** -math.ceil(math.log2(blocks)) if y.dtype == torch.float16 else 1.0  # exact in fp16, as 1 / blocks is not
+        s, factor = F.linear(x, power * _zero_one(expand_blocks, rank, x)), scale / power
+    elif y.dtype == torch.float16:
         s, factor = block_mean(x, rank), scale * -(-x.shape[-1] // rank)
     else:
         s, factor = block_sum(x, rank), scale
@@ -140,6 +149,8 @@ def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
         ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to every row of shard ``k``.
     """
     z = F.linear(x, _scaled(d, scale, y.dtype))
+    if _is_dtensor(y):
+        return y + F.linear(z, _zero_one(expand_shards, d.shape[0], y))
     sums = []
     for run, rows, size in _shard_runs(y.shape[-1], d.shape[0]):
         shards = rearrange(y[..., rows], "... (n s) -> ... n s", s=size)
@@ -165,6 +176,21 @@ def _shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]
     cut = larger * (size + 1)
     equal = (slice(larger, shards), slice(cut, out_features), size)
     return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:
+    """The 0/1 factor of a form, as wide as the DTensor ``like``: a product with it is right however ``like`` is sharded.
+
+    Reshapes are not: a DTensor cannot cut an axis that is sharded otherwise than in whole blocks.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    factor = expand(torch.eye(rank, dtype=like.dtype, device=like.device), like.shape[-1])
+    return DTensor.from_local(factor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
 def _scaled(d: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
