@@ -1,6 +1,5 @@
 """`MiSSeLinear` and `MiSSLinear`: `torch.nn.Linear` with a frozen weight and one trainable matrix, ``miss_D``."""
 
-import math
 import sys
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -64,12 +63,7 @@ class AdaptedLinear(nn.Linear):
     ) -> Self:
         """Turn ``linear`` itself into this class: same object, parameters, hooks and flags, and a zero ``miss_D``.
 
-        Args:
-            linear: an `nn.Linear`, exactly that type.
-            rank, scale, dropout, adapter_dtype: as in the constructor.
-
-        Returns:
-            ``linear``, whose class is now this one. No ``requires_grad`` flag is touched.
+        Args are those of the constructor; no ``requires_grad`` flag is touched. Returns ``linear``.
 
         Raises:
             TargetError: ``linear`` is of another type.
@@ -96,13 +90,11 @@ class AdaptedLinear(nn.Linear):
     @classmethod
     def new_adapter(cls, linear: nn.Linear, rank: int, adapter_dtype: torch.dtype | None) -> nn.Parameter:
         """A zero D for ``linear``, on the device of its weight. ``linear`` is not changed."""
-        if adapter_dtype is None:
-            wide = linear.weight.dtype in (torch.float64, torch.float32)
-            adapter_dtype = linear.weight.dtype if wide else torch.float32
+        default = linear.weight.dtype if linear.weight.dtype in (torch.float64, torch.float32) else torch.float32
         with torch.inference_mode(False):
             shape = [linear.out_features, linear.in_features]
             shape[cls.shared_axis] = rank
-            return nn.Parameter(torch.zeros(shape, device=linear.weight.device, dtype=adapter_dtype))
+            return nn.Parameter(torch.zeros(shape, device=linear.weight.device, dtype=adapter_dtype or default))
 
     @classmethod
     def swap_(cls: type[Self], linear: nn.Linear, d: nn.Parameter, scale: float, dropout: float) -> Self:
@@ -238,23 +230,11 @@ class MiSSLinear(AdaptedLinear):
     contiguous; their sizes differ by at most one, larger first. `MiSSeLinear` shares the other dimension: a different
     operator.
 
-    Args:
-        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
-        rank: the number of shards, from 1 to ``out_features``.
-        scale: factor of the delta; finite.
-        dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter (not of the base) in training mode.
-        adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 where that is half precision.
-
-    Shape:
-        - Input: ``(..., in_features)``
-        - Output: ``(..., out_features)``
+    Args, input, output and errors are those of `MiSSeLinear`, but ``rank`` is the number of shards, from 1 to ``out_features``.
 
     Attributes:
         weight, bias: the base layer's, ``(out_features, in_features)`` and ``(out_features)``; the constructor freezes them.
         miss_D: ``(rank, in_features)``, zero at first; trainable.
-
-    Raises:
-        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
 
     >>> layer = MiSSLinear(10, 3, rank=2)
     >>> layer(torch.randn(2, 7, 10)).shape, layer.miss_D.shape, layer.delta_weight().shape
@@ -282,11 +262,8 @@ def check_settings(name: str, *, scale: float, dropout: float, adapter_dtype: to
     return float(scale), float(dropout)
 
 
-def _is_real(value: object) -> bool:
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int beyond the range of floats
-        return False
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
 
 
 # The names that a module must not have as attributes of its own, since ours would hide them or be hidden.
