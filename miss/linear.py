@@ -25,7 +25,6 @@ class AdaptedLinear(nn.Linear):
     scale: float = 1.0
     dropout: float = 0.0
     _disabled: int = 0  # how many `disabled` contexts this layer is in
-
     # What makes a form: the axis of the weight along which D is shared, and `rank` long instead; its delta; its forward.
     shared_axis: ClassVar[int]
     expand: ClassVar["staticmethod[[Tensor, int], Tensor]"]
@@ -263,7 +262,8 @@ def check_settings(name: str, *, scale: float, dropout: float, adapter_dtype: to
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= sys.float_info.max)
 
 
 # The names that a module must not have as attributes of its own, since ours would hide them or be hidden.
