@@ -159,7 +159,7 @@ def keep_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     In eval mode, under a padding mask, that class looks for a parameter that requires grad, sees that the base is frozen, and
     passes nested tensors on, for which attention has no gradient. An input that requires grad is the sign that it looks for.
     """
-    padded = len(args) > 2 or "src_key_padding_mask" in kwargs
+    padded = (args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")) is not None
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
     if module.training or not padded or not trained or torch.compiler.is_compiling():
         return None
