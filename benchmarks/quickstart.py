@@ -1,4 +1,4 @@
-"""Fine-tune a sentence encoder with MiSS to rate how good or bad a word is, on a CPU, in about three minutes.
+"""Fine-tune a sentence encoder with MiSS to rate how good or bad a word is, on a CPU, in about two minutes.
 
 The encoder is all-MiniLM-L6-v2, the data are the human valence ratings (-4 to 4) of the VADER lexicon; both come with
 packages, so nothing else is downloaded. Compared by Pearson r on held-out words: the frozen encoder under the best

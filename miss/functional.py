@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-__all__ = ["block_mean", "block_sum", "expand_blocks", "expand_shards", "miss_linear", "misse_linear"]
+__all__ = ["block_mean", "block_sum", "expand_blocks", "expand_shards", "is_dtensor", "miss_linear", "misse_linear"]
 
 # Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
 _CHUNK = 1 << 18
@@ -125,7 +125,7 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
         is half precision; only ``S`` is cast. In fp16, where the sum may overflow, it is a mean and ``d`` takes the factor.
     """
     rank = d.shape[-1]
-    if _is_dtensor(x):
+    if is_dtensor(x):
         blocks = -(-x.shape[-1] // rank)
         power = 2.0 ** -math.ceil(math.log2(blocks)) if y.dtype == torch.float16 else 1.0  # exact in fp16, as 1 / blocks is not
         s, factor = F.linear(x, power * _zero_one(expand_blocks, rank, x)), scale / power
@@ -149,7 +149,7 @@ def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
         ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to every row of shard ``k``.
     """
     z = F.linear(x, _scaled(d, scale, y.dtype))
-    if _is_dtensor(y):
+    if is_dtensor(y):
         return y + F.linear(z, _zero_one(expand_shards, d.shape[0], y))
     sums = []
     for run, rows, size in _shard_runs(y.shape[-1], d.shape[0]):
@@ -178,7 +178,8 @@ def _shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]
     return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor; where their module was never loaded, which is costly, there is none."""
     return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 

@@ -292,7 +292,7 @@ def refusal(module: nn.Module) -> str | None:
         return "has no parameter 'weight' of its own (weight_norm, spectral_norm, pruning?): remove what replaced it"
     if "forward" in module.__dict__:
         return "has an instance-level forward, which would bypass the adapter (accelerate's hooks?): remove it, then inject"
-    if isinstance(module.weight, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())):
+    if functional.is_dtensor(module.weight):
         return "has a DTensor weight: inject first, then parallelize"
     own = (set(module.__dict__) | set(module._parameters) | set(module._buffers) | set(module._modules)) & OUR_NAMES
     if own:

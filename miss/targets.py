@@ -22,7 +22,6 @@ Matcher: TypeAlias = Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
 MOST_NAMES = 1000  # of one module; modules that refer to each other in circles have names without end
-_DISTRIBUTED = "torch.distributed.algorithms"
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _wrapped_child(module: nn.Module) -> str | None:
     # Types that are costly to import; where their module was never loaded there is no instance of them.
     for home, kind, key in (
         ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-        (f"{_DISTRIBUTED}._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+        ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
     ):
         if isinstance(module, getattr(sys.modules.get(home), kind, ())):
             return key
