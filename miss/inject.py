@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from miss import targets as targeting
+from miss.adaptable import check_settings, looks_linear, refusal
 from miss.errors import ShapeError, StateError, TargetError, explain
-from miss.linear import METHODS, AdaptedLinear, check_settings, looks_linear, refusal
+from miss.linear import METHODS, OUR_NAMES, AdaptedLinear
 from miss.targets import Targets
 
 __all__ = ["SKIPPED", "eject", "inject"]
@@ -176,7 +177,7 @@ def _holders(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
 
 def _layers(model: nn.Module) -> dict[int, str | None]:
     """For each module that looks like a linear layer, by id: why it cannot be adapted, or None."""
-    reasons = {id(m): None if isinstance(m, AdaptedLinear) else refusal(m) for m in model.modules() if looks_linear(m)}
+    reasons = {id(m): None if isinstance(m, AdaptedLinear) else refusal(m, OUR_NAMES) for m in model.modules() if looks_linear(m)}
     for name, module in targeting.walk(model):
         if isinstance(module, nn.MultiheadAttention):
             reasons[id(module.out_proj)] = (

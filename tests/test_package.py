@@ -28,7 +28,7 @@ def test_public_names_exist_and_have_docstrings():
 
 
 def test_imports_run_downward():
-    order = ["errors", "functional", "linear", "targets", "inject", "adapter"]
+    order = ["errors", "functional", "adaptable", "linear", "targets", "inject", "adapter"]
     for position, room in enumerate(order):
         source = (ROOT / "miss" / f"{room}.py").read_text()
         used = re.findall(r"^from miss\.(\w+) import|^from miss import (\w+)", source, re.MULTILINE)
