@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from miss import functional
 from miss.errors import ShapeError, explain
 
-__all__ = ["ADAPTER_DTYPES", "check_settings", "is_real", "looks_linear", "refusal"]
+__all__ = ["ADAPTER_DTYPES", "check_settings", "is_real", "looks_linear", "refusal", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,4 +63,17 @@ def refusal(module: nn.Module, names: Set[str]) -> str | None:
     own = (set(module.__dict__) | set(module._parameters) | set(module._buffers) | set(module._modules)) & names
     if own:
         return f"has attributes of its own named {sorted(own)}, which the adapter needs: rename them"
+    return None
+
+
+def unwritable(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be written in place, as the end of a sentence; None if it can."""
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout != torch.strided:
+        return f"is a {type(tensor).__name__} of layout {tensor.layout}, not an ordinary tensor"
+    if tensor.is_meta:
+        return "is on the meta device and has no data"
+    if tensor.is_inference():
+        return "was made in torch.inference_mode"
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        return "has elements that share memory (expand?)"
     return None

@@ -164,8 +164,8 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes what its base does, in every thread; contexts nest and overlap.
 
-    No weight is touched: the forward of each layer leaves its delta out. Run the backward of an activation-checkpointed
-    forward inside too, since it computes the forward once more.
+    No weight is touched: the forward of each layer leaves its delta out, and uses the kept base weight while merged. Run the
+    backward of an activation-checkpointed forward inside too, since it computes the forward once more.
 
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)

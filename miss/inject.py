@@ -1,6 +1,7 @@
 """`inject` puts adapters into a model, in place, and `eject` takes them out."""
 
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -9,9 +10,10 @@ from miss import targets as targeting
 from miss.adaptable import check_settings, looks_linear, refusal
 from miss.errors import ShapeError, StateError, TargetError, explain
 from miss.linear import METHODS, OUR_NAMES, AdaptedLinear
+from miss.merging import bake_, check_mergeable, check_restorable, restore_, unguard
 from miss.targets import Targets
 
-__all__ = ["SKIPPED", "eject", "inject"]
+__all__ = ["SKIPPED", "Adapter", "adopt_all_", "eject", "inject", "linear_layers"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,6 +21,16 @@ Model = TypeVar("Model", bound=nn.Module)
 SKIPPED = "_miss_skipped"
 # Attribute of a model that `inject` was called on: a later call freezes less.
 INJECTED = "_miss_injected"
+
+
+class Adapter(NamedTuple):
+    """An adapter that has been checked and allocated, for `adopt_all_` to put into its layer."""
+
+    linear: nn.Linear
+    form: type[AdaptedLinear]
+    d: nn.Parameter
+    scale: float
+    dropout: float
 
 
 def inject(
@@ -77,53 +89,59 @@ def inject(
         raise ShapeError(explain("inject", "unknown method", expected=expected, actual=f"method={method!r}"))
     form = METHODS[method]
     scale, dropout = check_settings("inject", scale=scale, dropout=dropout, adapter_dtype=adapter_dtype)
-    selection = targeting.select(model, targets, _layers(model), exclude=exclude, trainable=trainable)
+    selection = targeting.select(model, targets, linear_layers(model), exclude=exclude, trainable=trainable)
     for name, linear in selection.adapt:
         if isinstance(linear, AdaptedLinear):
             do = "eject(model), or leave it out with exclude"
             raise StateError(explain(name or type(linear).__name__, "is adapted already", do=do))
-    root = targeting.unwrapped(model)
-    plan: list[tuple[nn.Linear, nn.Parameter]] = []
+    plan: list[Adapter] = []
     for name, linear in selection.adapt:
         checked = form.check_rank(name or type(linear).__name__, rank, linear.in_features, linear.out_features)
-        plan.append((linear, form.new_adapter(linear, checked, adapter_dtype)))
+        plan.append(Adapter(linear, form, form.new_adapter(linear, checked, adapter_dtype), scale, dropout))
+    adopt_all_(model, plan, selection.trainable, freeze)
+    for module, reason in selection.skipped:
+        module.__dict__[SKIPPED] = reason
+    return model
 
-    # All is checked and allocated: from here on nothing fails.
+
+def adopt_all_(model: nn.Module, plan: list[Adapter], trainable: Iterable[nn.Module], freeze: bool) -> None:
+    """The part of `inject` that changes the model, and does not fail: freeze, swap the classes, place the hooks."""
+    root = targeting.unwrapped(model)
     if freeze:
-        kept = {id(p) for module in selection.trainable for p in module._parameters.values()}
+        kept = {id(p) for module in trainable for p in module._parameters.values()}
         kept |= {id(layer.miss_D) for layer in targeting.instances(model, AdaptedLinear).values()}
-        scope: list[nn.Module] = [linear for linear, _ in plan] if INJECTED in root.__dict__ else [model]
+        scope: list[nn.Module] = [adapter.linear for adapter in plan] if INJECTED in root.__dict__ else [model]
         for module in scope:
             for parameter in module.parameters():
                 if id(parameter) not in kept:
                     parameter.requires_grad = False  # not requires_grad_(), which a lazy parameter does not have
     root.__dict__[INJECTED] = True
-    for linear, d in plan:
+    for linear, form, d, scale, dropout in plan:
         form.swap_(linear, d, scale, dropout)
-    for module, reason in selection.skipped:
-        module.__dict__[SKIPPED] = reason
     for layer in _holders(model, nn.TransformerEncoderLayer):
         if keep_slow_path not in layer._forward_hooks.values():
             layer.register_forward_hook(keep_slow_path)
     for encoder in _holders(model, nn.TransformerEncoder):
         if keep_padding not in encoder._forward_pre_hooks.values():
             encoder.register_forward_pre_hook(keep_padding, with_kwargs=True)
-    return model
 
 
-def eject(model: Model) -> Model:
+def eject(model: Model, *, merge: bool = False) -> Model:
     """Take the adapters out, in place: each adapted layer is a plain `nn.Linear` again, with the parameters that it had.
 
     ``requires_grad`` flags stay as they are. A model without adapters is left alone.
 
     Args:
         model: a model, or a part of one.
+        merge: leave each delta in its weight, as `merge` does, but keep no copy of the base weight. Otherwise the weights are
+            the base's again, also where the model is merged.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        StateError: the class of an adapted layer has been swapped since (`fully_shard` does); nothing is ejected then.
+        StateError: the class of an adapted layer has been swapped since (`fully_shard` does), or, with ``merge``, a layer
+            cannot be merged; nothing is ejected then.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))
     >>> eject(inject(model, "0", rank=4))[0]
@@ -135,8 +153,17 @@ def eject(model: Model) -> Model:
             kinds = " or ".join(kind.__name__ for kind in METHODS.values())
             rule = "its class has been swapped since it was adapted, so that eject does not know the way back"
             raise StateError(explain(name or type(layer).__name__, rule, expected=kinds, actual=type(layer).__name__))
+    if merge:
+        check_mergeable(model, adapted)
+    else:
+        check_restorable(adapted)
     for layer in adapted.values():
+        if merge and not layer.merged:
+            bake_(layer)
+        elif layer.merged and not merge:
+            restore_(layer)
         layer.swap_back_()
+    unguard(model)
     for module in model.modules():
         module.__dict__.pop(SKIPPED, None)
         module.__dict__.pop(INJECTED, None)
@@ -175,7 +202,7 @@ def _holders(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
     return [module for module in found if any(isinstance(inner, AdaptedLinear) for inner in module.modules())]
 
 
-def _layers(model: nn.Module) -> dict[int, str | None]:
+def linear_layers(model: nn.Module) -> dict[int, str | None]:
     """For each module that looks like a linear layer, by id: why it cannot be adapted, or None."""
     reasons = {id(m): None if isinstance(m, AdaptedLinear) else refusal(m, OUR_NAMES) for m in model.modules() if looks_linear(m)}
     for name, module in targeting.walk(model):

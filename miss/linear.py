@@ -1,7 +1,7 @@
 """`MiSSeLinear` and `MiSSLinear`: `torch.nn.Linear` with a frozen weight and one trainable matrix, ``miss_D``."""
 
 from numbers import Integral
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ class AdaptedLinear(nn.Linear):
     """What the two forms share: the parameter, its life, and the forward around it. Use one of the subclasses."""
 
     miss_D: nn.Parameter
+    miss_base: Tensor  # while merged: a copy of the base weight, in a non-persistent buffer
     # Class-level defaults, so that objects pickled by an older version load.
     scale: float = 1.0
     dropout: float = 0.0
@@ -105,6 +106,8 @@ class AdaptedLinear(nn.Linear):
     def swap_back_(self) -> None:
         """Become a plain `nn.Linear` again, for a layer that has been checked; ``miss_D`` goes, no flag is touched."""
         del self.miss_D
+        if self.merged:
+            del self.miss_base
         for name in ("scale", "dropout", "_disabled"):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]  # the way back of `swap_`
@@ -128,6 +131,11 @@ class AdaptedLinear(nn.Linear):
         """Length of ``miss_D`` along the shared axis, a bound on the rank of the delta."""
         return self.miss_D.shape[self.shared_axis]
 
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds the sum of the base weight and the delta (see `miss.merge`)."""
+        return "miss_base" in self._buffers
+
     def delta_weight(self) -> Tensor:
         """``scale * expand(D)``, dense and differentiable: what the adapter adds to ``weight``.
 
@@ -137,9 +145,17 @@ class AdaptedLinear(nn.Linear):
         return self.scale * self.expand(self.miss_D, (self.out_features, self.in_features)[self.shared_axis])
 
     def forward(self, input: Tensor) -> Tensor:
-        """The base layer's output plus the delta's, in the dtype that the base layer gives; no weight is changed."""
+        """The base layer's output plus the delta's, in the dtype that the base layer gives; no weight is changed.
+
+        Raises:
+            StateError: the layer is merged, in training mode, and gradients are on: ``miss_D`` would get none.
+        """
         if input.is_nested:  # what nn.TransformerEncoder passes on in eval mode under a padding mask
             return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()], layout=input.layout)
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                self._refuse_merged("a training forward would give miss_D no gradient")
+            return F.linear(input, self.miss_base if self._disabled else self.weight, self.bias)
         y = super().forward(input)
         if self._disabled:
             return y
@@ -147,15 +163,17 @@ class AdaptedLinear(nn.Linear):
         return self.add_delta(x, y, self.miss_D, self.scale)
 
     def reset_adapter(self) -> None:
-        """Set ``miss_D`` to zero, in place: the layer computes what its base does."""
+        """Set ``miss_D`` to zero, in place: the layer computes what its base does. A `StateError` while merged."""
+        if self.merged:
+            self._refuse_merged("a reset would leave the delta in the weight")
         with torch.no_grad():
             self.miss_D.zero_()
 
     def reset_parameters(self) -> None:
-        """Initialise ``weight`` and ``bias`` as `nn.Linear` does, and ``miss_D`` to zero."""
-        super().reset_parameters()
+        """Initialise ``weight`` and ``bias`` as `nn.Linear` does, and ``miss_D`` to zero. A `StateError` while merged."""
         if "miss_D" in self._parameters:  # not yet in the constructor of nn.Linear
             self.reset_adapter()
+        super().reset_parameters()
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -168,7 +186,8 @@ class AdaptedLinear(nn.Linear):
         # The code object, since a module with two names is visited twice, and only the first time comes from meta.
         emptied = getattr(fn, "__code__", None) in nn.Module.to_empty.__code__.co_consts
         if (was_meta or emptied) and not self.miss_D.is_meta:
-            self.reset_adapter()
+            with torch.no_grad():
+                self.miss_D.zero_()
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -177,6 +196,15 @@ class AdaptedLinear(nn.Linear):
         if self.miss_D.is_meta and not self.weight.is_meta:
             zeros = torch.zeros_like(self.miss_D, device=self.weight.device)
             self.miss_D = nn.Parameter(zeros, requires_grad=self.miss_D.requires_grad)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As `nn.Module`, but ``weight`` is the base weight also while merged."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self.miss_base
+
+    def _refuse_merged(self, why: str) -> NoReturn:
+        raise StateError(explain(type(self).__name__, f"is merged: {why}", do="miss.unmerge(model) first"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made inside `disabled` are outside of it."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from miss.errors import TargetError, explain
 
-__all__ = ["Selection", "Target", "Targets", "instances", "select", "unwrapped", "walk"]
+__all__ = ["Selection", "Target", "Targets", "instances", "resolve", "select", "unwrapped", "walk"]
 
 Target: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Iterable[Target]"
@@ -117,6 +117,15 @@ def select(
         skipped=list(skipped.values()),
         trainable=list(trained.values()),
     )
+
+
+def resolve(model: nn.Module, targets: Targets, argument: str) -> list[nn.Module]:
+    """The modules that ``targets`` match, in the forms of `select`, and all that these contain.
+
+    Raises:
+        TargetError: one is malformed or matches nothing; the message names the ``argument``.
+    """
+    return list(_subtrees(list(walk(model)), targets, argument, _output_head(model)).values())
 
 
 _FORMS = "a str, compiled pattern, module type, callable(name, module), or an iterable of these"

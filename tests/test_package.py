@@ -28,7 +28,9 @@ def test_public_names_exist_and_have_docstrings():
 
 
 def test_imports_run_downward():
-    order = ["errors", "functional", "adaptable", "linear", "targets", "inject", "adapter"]
+    order = ["errors", "functional", "adaptable", "linear", "targets", "merging", "inject", "adapter"]
+    order += ["files", "fitting", "checkpoint"]
+    assert {path.stem for path in (ROOT / "miss").glob("*.py")} == {*order, "__init__"}
     for position, room in enumerate(order):
         source = (ROOT / "miss" / f"{room}.py").read_text()
         used = re.findall(r"^from miss\.(\w+) import|^from miss import (\w+)", source, re.MULTILINE)

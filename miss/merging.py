@@ -1,0 +1,230 @@
+"""`merge` puts the deltas into the weights, `unmerge` takes them out, bit for bit."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miss.adaptable import ADAPTER_DTYPES, unwritable
+from miss.errors import StateError, explain
+from miss.linear import AdaptedLinear
+from miss.targets import instances
+
+__all__ = ["bake_", "check_mergeable", "check_restorable", "merge", "refuse_loading", "restore_", "unguard", "unmerge"]
+
+
+def merge(model: nn.Module) -> dict[str, float]:
+    """Add each adapter's delta to its weight, in place: ``W = W0 + delta_weight()``, after which `forward` is a plain linear.
+
+    The sum is made in fp32 or wider and rounded once to the weight's dtype. Each layer keeps a copy of its base weight, so a
+    merged model takes twice the memory of its adapted weights (and of one layer's weight in fp32, four times over, while
+    merging); ``eject(model, merge=True)`` keeps none. While merged, `state_dict` holds the base weight; loading into the
+    model, resetting an adapter, and a forward in training mode with gradients are a `StateError`. Layers that are merged
+    already stay as they are.
+
+    Args:
+        model: an adapted model, or a part of one; a weight that is shared with something outside of it is not recognised.
+
+    Returns:
+        For each adapted layer, by name, the relative error that rounding left on its delta:
+        ``|W - W0 - delta| / |delta|`` in the Frobenius norm, 0.0 for a zero delta. In half precision small deltas drown.
+
+    Raises:
+        StateError: a weight is tied (the other owner is named), quantised or otherwise not to be written in place; ``miss_D``
+            or the sum is not finite. The model is exactly as it was then.
+
+    >>> from miss import inject
+    >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
+    >>> merge(model), model[0].merged
+    ({'0': 0.0}, True)
+    """
+    layers = instances(model, AdaptedLinear)
+    check_mergeable(model, layers)
+    errors, done = {}, []
+    try:
+        for name, layer in layers.items():
+            if not layer.merged:
+                with torch.inference_mode(False):
+                    base = layer.weight.detach().clone()
+                bake_(layer)
+                layer.register_buffer("miss_base", base, persistent=False)
+                done.append(layer)
+            errors[name] = _rounding_error(layer)
+    except BaseException:  # out of memory, say
+        for layer in done:
+            restore_(layer)
+        raise
+    for module in model.modules():
+        if _holds_merged(module) and not list(_guards(module)):
+            module.register_load_state_dict_pre_hook(refuse_loading)  # type: ignore[no-untyped-call]  # torch gives it no types
+    return {name: float(error) for name, error in errors.items()}
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: each base weight is copied back, bit for bit, and the copy is let go. Other layers stay as they are.
+
+    Args:
+        model: a model, or a part of one.
+
+    Raises:
+        StateError: the weight of a merged layer has been replaced by one of another shape or dtype; nothing is changed then.
+
+    >>> from miss import inject
+    >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
+    >>> merge(model), unmerge(model), model[0].merged
+    ({'0': 0.0}, None, False)
+    """
+    layers = instances(model, AdaptedLinear)
+    check_restorable(layers)
+    for layer in layers.values():
+        if layer.merged:
+            restore_(layer)
+    unguard(model)
+
+
+def check_mergeable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise a `StateError` that names the first of the unmerged layers that cannot be merged, and why."""
+    owners = _owners(model)
+    for name, layer in layers.items():
+        if not layer.merged and (reason := _unfit(layer) or _tied(name, layer.weight, owners) or _not_finite(layer)):
+            raise StateError(explain(name or type(layer).__name__, f"cannot be merged: {reason}"))
+
+
+def check_restorable(layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise a `StateError` where the weight of a merged layer is not the one that was merged."""
+    for name, layer in layers.items():
+        if layer.merged and (layer.weight.shape, layer.weight.dtype) != (layer.miss_base.shape, layer.miss_base.dtype):
+            kinds = [f"{tuple(w.shape)} of {w.dtype}" for w in (layer.miss_base, layer.weight)]
+            rule = "its weight has been replaced since it was merged"
+            raise StateError(explain(name or type(layer).__name__, rule, expected=kinds[0], actual=kinds[1]))
+
+
+def bake_(layer: AdaptedLinear) -> None:
+    """Add the delta to the weight of a layer that has been checked; nothing is kept."""
+    with torch.inference_mode(False), torch.no_grad():
+        layer.weight.copy_(_sum(layer))
+
+
+def restore_(layer: AdaptedLinear) -> None:
+    """Copy the base weight back into a merged layer."""
+    with torch.inference_mode(False), torch.no_grad():
+        layer.weight.copy_(layer.miss_base)
+    del layer.miss_base
+
+
+def refuse_loading(module: nn.Module, *args: Any) -> None:
+    """A hook on each module that is or holds a merged layer, which stops `load_state_dict` before anything is loaded."""
+    if _holds_merged(module):
+        rule = "is merged: a weight that is loaded now would be lost when it is unmerged"
+        raise StateError(explain(type(module).__name__, rule, do="miss.unmerge(model) first"))
+
+
+def unguard(model: nn.Module) -> None:
+    """Take the hooks of `merge` off the modules that hold no merged layer any more."""
+    for module in model.modules():
+        if not _holds_merged(module):
+            for key in list(_guards(module)):
+                del module._load_state_dict_pre_hooks[key]
+
+
+def _guards(module: nn.Module) -> Iterator[int]:
+    return (key for key, wrapped in module._load_state_dict_pre_hooks.items() if getattr(wrapped, "hook", None) is refuse_loading)
+
+
+def _holds_merged(module: nn.Module) -> bool:
+    return any(isinstance(inner, AdaptedLinear) and inner.merged for inner in module.modules())
+
+
+def _wide(layer: AdaptedLinear) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(layer.weight.dtype, layer.miss_D.dtype), torch.float32)
+
+
+def _delta(layer: AdaptedLinear) -> Tensor:
+    """`delta_weight`, computed in fp32 or wider."""
+    d = layer.scale * layer.miss_D.detach().to(_wide(layer))
+    return layer.expand(d, (layer.out_features, layer.in_features)[layer.shared_axis])
+
+
+def _sum(layer: AdaptedLinear) -> Tensor:
+    return (layer.weight.detach() + _delta(layer)).to(layer.weight.dtype)
+
+
+def _rounding_error(layer: AdaptedLinear) -> Tensor:
+    """What `merge` returns for a merged layer. Both norms are taken of multiples of the delta's largest element."""
+    delta = _delta(layer)
+    if not delta.numel():
+        return delta.new_zeros(())
+    unit = delta.abs().amax()
+    unit = unit.where(unit > 0, 1)
+    lost = layer.weight.detach().to(delta.dtype) - layer.miss_base - delta
+    size: Tensor = torch.linalg.vector_norm(delta / unit)
+    error: Tensor = torch.linalg.vector_norm(lost / unit) / size.where(size > 0, 1)
+    return error
+
+
+def _unfit(layer: AdaptedLinear) -> str | None:
+    """Why the weight cannot take the delta."""
+    weight, d = layer._parameters.get("weight"), layer.miss_D
+    if weight is None:
+        return "its weight is no parameter of its own any more (parametrized?)"
+    for name, tensor in (("weight", weight), ("miss_D", d)):
+        if tensor.dtype not in ADAPTER_DTYPES:
+            return f"its {name} is quantised ({tensor.dtype})"
+        if (reason := unwritable(tensor)) is not None:
+            return f"its {name} {reason}"
+    if weight.shape != (layer.out_features, layer.in_features):
+        return f"its weight has the shape {tuple(weight.shape)} (partitioned?)"
+    if weight.device != d.device:
+        return f"its weight is on {weight.device} and miss_D on {d.device}"
+    return None
+
+
+def _not_finite(layer: AdaptedLinear) -> str | None:
+    weight, d = layer.weight.detach(), layer.miss_D.detach()
+    if not torch.isfinite(d).all():
+        return "miss_D is not finite"
+    if not weight.numel():
+        return None
+    bound = _largest(weight) + abs(layer.scale) * _largest(d)  # cheap, and nearly always enough
+    if not bound <= torch.finfo(weight.dtype).max and not torch.isfinite(_sum(layer)).all():
+        return f"the sum of weight and delta is not finite in {weight.dtype}"
+    return None
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high)) if low == low else float("nan")
+
+
+def _owners(model: nn.Module) -> dict[tuple[torch.device, int], list[tuple[str, Tensor]]]:
+    """By storage, each tensor that a module of the model holds, with its full name."""
+    owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
+    for name, module in instances(model, nn.Module).items():
+        for key, value in [*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()]:
+            if type(value) in (nn.Parameter, Tensor) and value.layout == torch.strided and not value.is_meta:
+                storage = value.device, value.untyped_storage().data_ptr()
+                owners.setdefault(storage, []).append((f"{name}.{key}" if name else key, value))
+    return owners
+
+
+def _tied(name: str, weight: Tensor, owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]]) -> str | None:
+    own = f"{name}.weight" if name else "weight"
+    for owner, other in owners[weight.device, weight.untyped_storage().data_ptr()]:
+        if owner != own and _overlap(weight, other):
+            return f"its weight is tied to {owner}, which would change too"
+    return None
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage may have an element in common: their ranges of memory meet."""
+    if not a.numel() or not b.numel():
+        return False
+    (start_a, end_a), (start_b, end_b) = _range(a), _range(b)
+    return start_a < end_b and start_b < end_a
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    first = int(tensor.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return first * tensor.itemsize, (last + 1) * tensor.itemsize
