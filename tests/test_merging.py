@@ -70,7 +70,7 @@ def test_the_error_of_tiny_and_huge_deltas_neither_underflows_nor_overflows(size
 
 @methods
 def test_disabled_gives_the_base_while_merged(method: str):
-    model = adapted_decoder(method).eval()
+    model = adapted_decoder(method).double().eval()
     with disabled(model):
         base = model(TOKENS)
     on = model(TOKENS)
@@ -90,7 +90,7 @@ def test_disabled_gives_the_base_while_merged(method: str):
 @methods
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_eject_with_merge_bakes_and_without_restores(method: str, merged_before: bool):
-    model = adapted_decoder(method).eval()
+    model = adapted_decoder(method).double().eval()
     parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False) if "miss_D" not in name}
     base, on = eject(copy.deepcopy(model)), model(TOKENS)
     other = copy.deepcopy(model)
@@ -147,30 +147,31 @@ def test_training_while_merged_is_refused():
 
 
 @methods
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "double", "meta", "share_memory"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "float", "meta", "share_memory"])
 def test_merged_models_are_copied_and_moved(method: str, how: str):
-    model = adapted_decoder(method).eval()
+    model = adapted_decoder(method).double().eval()
     base, on = eject(copy.deepcopy(model))(TOKENS), model(TOKENS)
     merge(model)
     if how == "deepcopy":
         model = copy.deepcopy(model)
     elif how == "pickle":
         model = pickle.loads(pickle.dumps(model))
-    elif how == "double":
-        model.double()
-        base, on = base.double(), on.double()
+    elif how == "float":
+        base, on = (part.float() for part in (base, on))
+        model.float()
     elif how == "meta":
         state = copy.deepcopy(model.to("meta")).layers[0].mlp[0].state_dict()
         assert {tensor.device.type for tensor in state.values()} == {"meta"}
         return
     else:
         model.share_memory()
-    torch.testing.assert_close(model(TOKENS), on, rtol=1e-5, atol=1e-5)
+    close = {"rtol": 1e-3, "atol": 1e-2} if how == "float" else {}  # the outputs are of the order of 100
+    torch.testing.assert_close(model(TOKENS), on, **close)
     with pytest.raises(StateError):
         model.load_state_dict(model.state_dict())
     unmerge(model)
-    torch.testing.assert_close(model(TOKENS), on, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(eject(model)(TOKENS), base, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(TOKENS), on, **close)
+    torch.testing.assert_close(eject(model)(TOKENS), base, **close)
 
 
 def test_a_half_precision_copy_of_a_merged_model_unmerges_to_the_half_precision_base():
@@ -182,7 +183,7 @@ def test_a_half_precision_copy_of_a_merged_model_unmerges_to_the_half_precision_
 
 
 def test_merged_models_compile():
-    model = adapted_decoder().eval()
+    model = adapted_decoder().double().eval()
     merge(model)
     on = model(TOKENS)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -298,7 +299,7 @@ def test_views_of_one_storage_that_do_not_overlap_are_not_tied():
 
 def test_an_alias_is_not_a_tie():
     model = inject(Decoder(), "all-linear", rank=2)
-    assert "alias" in merge(model)
+    assert "layers.1.mlp.2" in merge(model)
 
 
 def test_a_large_sum_that_stays_in_range_is_merged():
@@ -326,10 +327,10 @@ def test_running_out_of_memory_leaves_nothing_merged(monkeypatch: pytest.MonkeyP
         merge(model)
     monkeypatch.undo()
     after = snapshot(model)
-    for name, state in before.items():  # but for the version counter, which tells autograd of the write
-        assert after[name] == state or [v for i, v in enumerate(state) if i != 4] == [
-            v for i, v in enumerate(after[name]) if i != 4
-        ]
+    for name in ("0.weight parameter", "1.weight parameter"):  # all but the version counter, which tells autograd of the write
+        (*kept, _, values), (*now, _, values_now) = before.pop(name), after.pop(name)
+        assert (kept, values) == (now, values_now)
+    assert before == after
     assert not any(layer.merged for layer in model)
 
 
@@ -377,7 +378,7 @@ def test_a_backward_across_a_merge_is_an_error_not_a_wrong_gradient():
 
 def test_an_unfrozen_weight_can_be_merged():
     layer = nn.Linear(4, 4)
-    perturb(inject(layer, "", rank=2, freeze=False)) if False else perturb(MiSSeLinear.adopt_(layer, 2))
+    perturb(MiSSeLinear.adopt_(layer, 2))
     layer.eval()
     merge(layer)
     assert layer.weight.requires_grad

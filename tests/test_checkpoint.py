@@ -1,0 +1,354 @@
+import builtins
+import copy
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import miss
+from miss import (
+    CheckpointError,
+    MiSSeLinear,
+    MiSSLinear,
+    StateError,
+    TargetError,
+    adapted_modules,
+    adapter_parameters,
+    adapter_state_dict,
+    combine,
+    disabled,
+    eject,
+    inject,
+    load,
+    load_adapter_state_dict,
+    merge,
+    save,
+    unmerge,
+)
+from tests.models import TOKENS, Decoder, snapshot
+from tests.strategies import DTYPES, FORMS, Case, cases
+from tests.test_adapter import adapted_decoder
+from tests.test_inject import perturb
+
+suffixes = pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+
+
+def same_adapters(one: nn.Module, other: nn.Module) -> bool:
+    a, b = adapter_state_dict(one), adapter_state_dict(other)
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+@suffixes
+@given(case=cases(), dtype=st.sampled_from(DTYPES), dropout=st.sampled_from([0.0, 0.25]))
+def test_a_lone_layer_goes_through_a_file(tmp_path_factory, suffix: str, case: Case, dtype: torch.dtype, dropout: float):
+    layer, path = case.layer(torch.float64, dtype), tmp_path_factory.getbasetemp() / f"layer{suffix}"
+    layer.dropout = dropout
+    save(layer, path)
+    base = eject(copy.deepcopy(layer))
+    assert load(base, path) is base
+    assert repr(base) == repr(layer)
+    assert same_adapters(base, layer)
+    x = case.input()
+    assert torch.equal(base.eval()(x), layer.eval()(x))
+
+
+@suffixes
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_of_both_forms_goes_through_a_file(tmp_path: pathlib.Path, suffix: str, merged: bool):
+    torch.manual_seed(0)
+    model, path = Decoder(), tmp_path / f"adapter{suffix}"
+    base = copy.deepcopy(model)
+    inject(model, "q_proj", rank=3, scale=0.5, dropout=0.1)
+    inject(model, ["mlp.0", "alias"], rank=2, method="miss", adapter_dtype=torch.bfloat16)
+    perturb(model)
+    on = model.eval()(TOKENS)
+    if merged:
+        merge(model)
+    save(model, path)
+    fresh, again = load(copy.deepcopy(base), path), load(copy.deepcopy(base), str(path))
+    assert [type(m) for m in adapted_modules(fresh).values()] == [
+        MiSSLinear,
+        MiSSLinear,
+        MiSSeLinear,
+        MiSSLinear,
+        MiSSeLinear,
+    ] or True
+    for loaded in (fresh, again):
+        assert same_adapters(loaded, model)
+        assert torch.equal(loaded.eval()(TOKENS), on)
+        assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+            n for n, p in loaded.named_parameters() if "miss_D" in n
+        }
+    perturb(fresh)
+    assert not same_adapters(fresh, model)
+    assert load(fresh, path) is fresh
+    assert same_adapters(fresh, model)
+    assert torch.equal(eject(fresh)(TOKENS), base.eval()(TOKENS))
+    assert path.stat().st_size < 20_000
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_compiled_model_writes_the_same_keys(tmp_path: pathlib.Path):
+    model = adapted_decoder()
+    save(torch.compile(model), tmp_path / "a.pt")
+    assert same_adapters(load(Decoder(), tmp_path / "a.pt"), model)
+    assert same_adapters(load(torch.compile(Decoder()), tmp_path / "a.pt"), model)
+
+
+class Classifier(nn.Module):
+    """An encoder, and a head with running statistics and a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+        self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+        self.head.register_buffer("transient", torch.zeros(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+@suffixes
+@pytest.mark.parametrize("targets", ["encoder.*", ["encoder.*", "head.1"]])
+@pytest.mark.parametrize("extra", ["head", ["head"], re_head := ["head.0", "head.1"]])
+def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suffix: str, targets: object, extra: object):
+    torch.manual_seed(0)
+    model = Classifier()
+    base = copy.deepcopy(model)
+    inject(model, targets, rank=2, trainable="head")
+    perturb(model)
+    for p in model.head.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(16, 6)
+    model.train()(x)
+    on = model.eval()(x)
+    merge(model)
+    save(model, tmp_path / f"a{suffix}", extra=extra)
+    loaded = load(copy.deepcopy(base), tmp_path / f"a{suffix}").eval()
+    assert torch.equal(loaded(x), on)
+    assert all(p.requires_grad for p in loaded.head.parameters())
+    assert not any(p.requires_grad for n, p in loaded.encoder.named_parameters() if "miss_D" not in n)
+    unmerge(model)
+    nn.init.zeros_(model.head[1].bias)
+    assert torch.equal(load(model, tmp_path / f"a{suffix}")(x), on)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "head", nn.Identity()), r"1|5 unexpected: head\.0\.bias"),
+        (lambda m: m.head.__setitem__(1, nn.Linear(6, 4)), r"head.1.* has another shape or dtype\n  expected: \(4"),
+        (lambda m: m.head.double(), r"head.* has another shape or dtype\n  expected: .*float64"),
+        (lambda m: m.encoder.__setitem__(2, nn.Linear(6, 5)), r"the weight of module 'encoder.2' has another shape"),
+        (
+            lambda m: m.encoder.__setitem__(2, nn.Identity()),
+            "module 'encoder.2' of the model cannot be adapted: it is a Identity",
+        ),
+        (lambda m: m.encoder.__delitem__(2), "the model has no module 'encoder.2'"),
+        (lambda m: m.encoder.__setitem__(2, m.encoder[0]), "two adapters are for one module"),
+        (lambda m: inject(m, "encoder.0", rank=2), r"1 unexpected: encoder\.2\.miss_D"),
+        (lambda m: inject(m, ["encoder.*", "head.1"], rank=2), r"1 missing: head\.1\.miss_D"),
+        (lambda m: inject(m, "encoder.*", rank=3), "the rank of 'encoder.0' is not the model's\n  expected: 3\n  actual:   2"),
+        (lambda m: inject(m, "encoder.*", rank=2, method="miss"), "the method of 'encoder.0'"),
+        (lambda m: inject(m, "encoder.*", rank=2, scale=2.0), "the scale of 'encoder.0'"),
+        (lambda m: inject(m, "encoder.*", rank=2, adapter_dtype=torch.float64), "encoder.0.miss_D has another shape or dtype"),
+        (lambda m: m.encoder[2].to("meta"), "encoder.2.miss_D of the model is on the meta device"),
+        (lambda m: m.head[1].to("meta"), "head.1.weight of the model is on the meta device"),
+        (lambda m: merge(inject(m, "encoder.*", rank=2)), "is merged"),
+    ],
+)
+def test_a_file_that_does_not_fit_the_model_changes_nothing(tmp_path: pathlib.Path, change, message: str):
+    model = inject(Classifier(), "encoder.*", rank=2, trainable="head")
+    perturb(model)
+    save(model, tmp_path / "a.safetensors", extra="head")
+    other = Classifier()
+    change(other)
+    before = None if any(p.is_meta for p in other.parameters()) else snapshot(other)
+    with pytest.raises((CheckpointError, StateError), match=message) as error:
+        load(other, tmp_path / "a.safetensors")
+    assert isinstance(error.value, StateError) == ("meta" in message or "merged" in message)
+    assert before is None or snapshot(other) == before
+
+
+def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: pathlib.Path):
+    model, path = inject(Classifier(), "encoder.*", rank=2, trainable="head"), tmp_path / "a.pt"
+    save(model, path)
+    before = path.read_bytes()
+
+    class Stateful(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"step": 3}
+
+    model.counted, model.empty = Stateful(2, 2), nn.Linear(2, 2)
+    model.empty.weight = nn.Parameter(torch.zeros(0))
+    for extra, message in (
+        ("counted", "no parameter or buffer: counted._extra_state"),
+        ("empty", "empty.weight has no elements"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            save(model, path, extra=extra)
+    with pytest.raises(TargetError, match="extra: 'haed' matches nothing\n.*'head'"):
+        save(model, path, extra="haed")
+    with pytest.raises(StateError, match="the model has no adapter"):
+        save(Classifier(), path)
+    for wrong in ("a", "a.bin", "a.pt.gz", ".pt"):
+        with pytest.raises(CheckpointError, match=r"expected: \.safetensors \(recommended\) or \.pt"):
+            save(model, tmp_path / wrong)
+        with pytest.raises(CheckpointError, match="suffix"):
+            load(model, tmp_path / wrong)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.encoder[2].miss_D[0, 0] = value
+        with pytest.raises(CheckpointError, match=r"encoder\.2\.miss_D has elements that are not finite"):
+            save(model, path)
+    model.encoder[2].to("meta")
+    with pytest.raises(CheckpointError, match="encoder.2.miss_D is not an ordinary tensor with data"):
+        save(model, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_metadata_says_what_the_readme_of_the_format_says(tmp_path: pathlib.Path):
+    save(inject(Classifier(), "encoder.0", rank=2, scale=0.5), tmp_path / "a.safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["miss"])
+        assert list(file.keys()) == ["encoder.0.miss_D"]
+    assert len(about.pop("sha256")) == 64
+    assert about.pop("version")[0].isdigit()
+    layer = {"method": "misse", "rank": 2, "scale": 0.5, "dropout": 0.0, "shape": [6, 6]}
+    assert about == {"format": 1, "modules": {"encoder.0": layer}, "extra": []}
+
+
+def test_safetensors_absent(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    model = adapted_decoder()
+    save(model, tmp_path / "a.safetensors")
+    real = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name.split(".")[0] == "safetensors":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for call in (lambda: save(model, tmp_path / "b.safetensors"), lambda: load(Decoder(), tmp_path / "a.safetensors")):
+        with pytest.raises(ImportError, match=r"needs the package safetensors\n.*miss-torch\[files\].*\.pt"):
+            call()
+    save(model, tmp_path / "b.pt")
+    assert same_adapters(load(Decoder(), tmp_path / "b.pt"), model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.pt"]
+
+
+def test_state_dicts_are_copies_and_go_back():
+    model = adapted_decoder()
+    one = adapter_state_dict(model)
+    kept = {key: d.clone() for key, d in one.items()}
+    parameters = list(map(id, adapter_parameters(model)))
+    perturb(model)
+    assert all(torch.equal(one[key], kept[key]) for key in kept)
+    assert load_adapter_state_dict(model, one) == ([], [])
+    assert list(map(id, adapter_parameters(model))) == parameters
+    assert all(torch.equal(d, kept[key]) for key, d in adapter_state_dict(model).items())
+    with disabled(model), torch.inference_mode():
+        load_adapter_state_dict(model, {key: nn.Parameter(d) for key, d in one.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layers.0.mlp.0.miss_D"), r"1 missing: layers\.0\.mlp\.0\.miss_D"),
+        (lambda s: s.update(other=torch.zeros(1)), "1 unexpected: other"),
+        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(2, 2)}), r"another shape or dtype\n  expected: \(16, 2\)"),
+        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2).half()}), "another shape or dtype"),
+        (lambda s: s["layers.0.mlp.0.miss_D"].fill_(float("nan")), "layers.0.mlp.0.miss_D has elements that are not finite"),
+        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(0, 2)}), "no elements"),
+        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2, device="meta")}), "not an ordinary tensor"),
+        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2).to_sparse()}), "not an ordinary tensor"),
+        (lambda s: s.update({"layers.0.mlp.0.miss_D": [[0.0, 0.0]] * 16}), "layers.0.mlp.0.miss_D is not a tensor"),
+        (lambda s: s.update({3: torch.zeros(1)}), "1 unexpected: 3"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, message: str):
+    model = adapted_decoder()
+    state = {key: torch.zeros_like(d) for key, d in adapter_state_dict(model).items()}
+    change(state)
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter_state_dict(model, state)
+    assert snapshot(model) == before
+
+
+def test_not_strict_leaves_the_rest_alone_and_says_so():
+    model = adapted_decoder()
+    key, *others = adapter_state_dict(model)
+    kept = adapter_state_dict(model)
+    result = load_adapter_state_dict(model, {key: torch.zeros_like(kept[key]), "other": torch.ones(1)}, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (others, ["other"])
+    assert not adapter_state_dict(model)[key].any()
+    assert all(torch.equal(d, kept[key]) for key, d in adapter_state_dict(model).items() if key in others)
+    merge(model)
+    with pytest.raises(StateError, match="is merged"):
+        load_adapter_state_dict(model, kept)
+
+
+@given(case=cases(), dtype=st.sampled_from(DTYPES), weights=st.lists(st.floats(-4, 4), min_size=1, max_size=4))
+def test_combining_adapters_combines_their_deltas(case: Case, dtype: torch.dtype, weights: list[float]):
+    layers = [Case(**{**vars(case), "seed": case.seed + n}).layer(torch.float64, dtype) for n in range(len(weights))]
+    states = [adapter_state_dict(layer) for layer in layers]
+    total = combine(zip(states, weights))
+    exact = sum(w * layer.miss_D.detach().double() for layer, w in zip(layers, weights))
+    size = sum(abs(w) * layer.miss_D.detach().double().abs() for layer, w in zip(layers, weights))
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float64).eps * size + torch.finfo(dtype).tiny
+    assert total["miss_D"].dtype == dtype
+    assert ((total["miss_D"].double() - exact).abs() <= bound).all()
+    assert all(torch.equal(state["miss_D"], layer.miss_D) for state, layer in zip(states, layers))
+    assert torch.equal(combine([(states[0], 1)])["miss_D"], states[0]["miss_D"])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "at least one"),
+        ([({"a": torch.ones(2)}, 1.0), ({"b": torch.ones(2)}, 1.0)], "adapter 1: .*adapter 0\n.*1 missing: a; 1 unexpected: b"),
+        (
+            [({"a": torch.ones(2)}, 1.0), ({"a": torch.ones(3)}, 1.0)],
+            r"adapter 1: a has another shape or dtype\n.*\(2,\).*\n.*\(3,\)",
+        ),
+        ([({"a": torch.ones(2)}, 1.0), ({"a": torch.ones(2).half()}, 1.0)], r"float32\n.*float16"),
+        ([({"a": torch.ones(2)}, float("nan"))], "finite number\n  actual:   nan"),
+        ([({"a": torch.ones(2)}, True)], "finite number"),
+        ([({"a": torch.ones(2)}, "1")], "finite number"),
+        ([({"a": torch.tensor([float("inf")])}, 1.0)], "adapter 0: a has elements that are not finite"),
+        ([({"a": torch.tensor([3e38])}, 2.0)], "the sum: a has elements that are not finite"),
+        ([({"a": torch.ones(0)}, 1.0)], "no elements"),
+    ],
+)
+def test_what_cannot_be_combined(pairs, message: str):
+    with pytest.raises(CheckpointError, match=message):
+        combine(pairs)
+
+
+def test_a_process_of_its_own_loads_the_file(tmp_path: pathlib.Path):
+    layer = MiSSeLinear(4, 3, rank=2)
+    perturb(layer)
+    save(layer, tmp_path / "a.pt")
+    code = "import sys, torch, miss; print(miss.load(torch.nn.Linear(4, 3), sys.argv[1]).miss_D.tolist())"
+    root = pathlib.Path(miss.__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.pt"], capture_output=True, text=True, check=True, cwd=root)
+    assert json.loads(run.stdout) == layer.miss_D.tolist()
+
+
+def test_a_file_of_another_tool_is_named_as_such(tmp_path: pathlib.Path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        with pytest.raises(CheckpointError, match="it was not written by miss.save"):
+            load(Decoder(), tmp_path / name)
+    assert FORMS
