@@ -34,7 +34,7 @@ from miss import (
     unmerge,
 )
 from tests.models import TOKENS, Decoder, snapshot
-from tests.strategies import DTYPES, FORMS, Case, cases
+from tests.strategies import DTYPES, Case, cases
 from tests.test_adapter import adapted_decoder
 from tests.test_inject import perturb
 
@@ -74,19 +74,11 @@ def test_a_model_of_both_forms_goes_through_a_file(tmp_path: pathlib.Path, suffi
         merge(model)
     save(model, path)
     fresh, again = load(copy.deepcopy(base), path), load(copy.deepcopy(base), str(path))
-    assert [type(m) for m in adapted_modules(fresh).values()] == [
-        MiSSLinear,
-        MiSSLinear,
-        MiSSeLinear,
-        MiSSLinear,
-        MiSSeLinear,
-    ] or True
+    assert {MiSSLinear, MiSSeLinear} == {type(m) for m in adapted_modules(fresh).values()}
     for loaded in (fresh, again):
         assert same_adapters(loaded, model)
         assert torch.equal(loaded.eval()(TOKENS), on)
-        assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
-            n for n, p in loaded.named_parameters() if "miss_D" in n
-        }
+        assert all(p.requires_grad == name.endswith("miss_D") for name, p in loaded.named_parameters())
     perturb(fresh)
     assert not same_adapters(fresh, model)
     assert load(fresh, path) is fresh
@@ -118,7 +110,7 @@ class Classifier(nn.Module):
 
 @suffixes
 @pytest.mark.parametrize("targets", ["encoder.*", ["encoder.*", "head.1"]])
-@pytest.mark.parametrize("extra", ["head", ["head"], re_head := ["head.0", "head.1"]])
+@pytest.mark.parametrize("extra", ["head", ["head"], ["head.0", "head.1"]])
 def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suffix: str, targets: object, extra: object):
     torch.manual_seed(0)
     model = Classifier()
@@ -144,7 +136,7 @@ def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suff
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m, "head", nn.Identity()), r"1|5 unexpected: head\.0\.bias"),
+        (lambda m: setattr(m, "head", nn.Identity()), r"7 unexpected: head\.0\.bias"),
         (lambda m: m.head.__setitem__(1, nn.Linear(6, 4)), r"head.1.* has another shape or dtype\n  expected: \(4"),
         (lambda m: m.head.double(), r"head.* has another shape or dtype\n  expected: .*float64"),
         (lambda m: m.encoder.__setitem__(2, nn.Linear(6, 5)), r"the weight of module 'encoder.2' has another shape"),
@@ -161,7 +153,7 @@ def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suff
         (lambda m: inject(m, "encoder.*", rank=2, scale=2.0), "the scale of 'encoder.0'"),
         (lambda m: inject(m, "encoder.*", rank=2, adapter_dtype=torch.float64), "encoder.0.miss_D has another shape or dtype"),
         (lambda m: m.encoder[2].to("meta"), "encoder.2.miss_D of the model is on the meta device"),
-        (lambda m: m.head[1].to("meta"), "head.1.weight of the model is on the meta device"),
+        (lambda m: m.head[1].to("meta"), "head.1.bias of the model is on the meta device"),
         (lambda m: merge(inject(m, "encoder.*", rank=2)), "is merged"),
     ],
 )
@@ -195,7 +187,7 @@ def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: path
     ):
         with pytest.raises(CheckpointError, match=message):
             save(model, path, extra=extra)
-    with pytest.raises(TargetError, match="extra: 'haed' matches nothing\n.*'head'"):
+    with pytest.raises(TargetError, match=r"extra: 'haed' matches nothing\n.*'head'"):
         save(model, path, extra="haed")
     with pytest.raises(StateError, match="the model has no adapter"):
         save(Classifier(), path)
@@ -210,13 +202,13 @@ def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: path
         with pytest.raises(CheckpointError, match=r"encoder\.2\.miss_D has elements that are not finite"):
             save(model, path)
     model.encoder[2].to("meta")
-    with pytest.raises(CheckpointError, match="encoder.2.miss_D is not an ordinary tensor with data"):
+    with pytest.raises(CheckpointError, match=r"encoder\.2\.miss_D is not an ordinary tensor with data"):
         save(model, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_metadata_says_what_the_readme_of_the_format_says(tmp_path: pathlib.Path):
+def test_the_metadata_of_a_file(tmp_path: pathlib.Path):
     save(inject(Classifier(), "encoder.0", rank=2, scale=0.5), tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         about = json.loads(file.metadata()["miss"])
@@ -349,6 +341,5 @@ def test_a_file_of_another_tool_is_named_as_such(tmp_path: pathlib.Path):
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
     for name in ("a.safetensors", "a.pt"):
-        with pytest.raises(CheckpointError, match="it was not written by miss.save"):
+        with pytest.raises(CheckpointError, match=r"it was not written by miss\.save"):
             load(Decoder(), tmp_path / name)
-    assert FORMS
