@@ -46,12 +46,11 @@ def merge(model: nn.Module) -> dict[str, float]:
         for name, layer in layers.items():
             if not layer.merged:
                 with torch.inference_mode(False):
-                    base = layer.weight.detach().clone()
-                bake_(layer)
-                layer.register_buffer("miss_base", base, persistent=False)
+                    layer.register_buffer("miss_base", layer.weight.detach().clone(), persistent=False)
                 done.append(layer)
+                bake_(layer)
             errors[name] = _rounding_error(layer)
-    except BaseException:  # out of memory, say
+    except BaseException:  # out of memory, or interrupted
         for layer in done:
             restore_(layer)
         raise

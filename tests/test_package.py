@@ -3,12 +3,15 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import miss
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_readme_example_runs_as_shown(capsys):
+def test_readme_example_runs_as_shown(capsys, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
     exec(compile(blocks[0], "README.md", "exec"), {})
