@@ -173,8 +173,8 @@ def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str,
     {'0.miss_D': tensor([[8.5000, 1.0000]])}
     """
     pairs = list(adapters)
-    if not pairs:
-        raise CheckpointError(explain("combine", "needs at least one (state, weight) pair"))
+    if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Mapping) for pair in pairs):
+        raise CheckpointError(explain("combine", "needs (state, weight) pairs, at least one", actual=f"{pairs!r:.80}"))
     first = pairs[0][0]
     for position, (state, weight) in enumerate(pairs):
         where = f"combine, adapter {position}"

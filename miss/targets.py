@@ -245,8 +245,8 @@ def _nearest(target: Target, names: list[str]) -> str:
     near: list[str] = []
     if isinstance(pattern, str):
         depth = pattern.count(".") + 1
-        endings = dict.fromkeys(".".join(name.split(".")[-depth:]) for name in names)
-        near = difflib.get_close_matches(pattern, [*endings, *names], n=3)
+        endings = [".".join(name.split(".")[-depth:]) for name in names]
+        near = difflib.get_close_matches(pattern, dict.fromkeys(endings + names), n=3)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"names here are {', '.join(map(repr, names[:5]))}"

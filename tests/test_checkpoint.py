@@ -308,6 +308,9 @@ def test_combining_adapters_combines_their_deltas(case: Case, dtype: torch.dtype
     ("pairs", "message"),
     [
         ([], "at least one"),
+        ([{"a": torch.ones(2)}], "needs .* pairs"),
+        ({"a": torch.ones(2)}, "needs .* pairs"),
+        ([(torch.ones(2), 1.0)], "needs .* pairs"),
         ([({"a": torch.ones(2)}, 1.0), ({"b": torch.ones(2)}, 1.0)], "adapter 1: .*adapter 0\n.*1 missing: a; 1 unexpected: b"),
         (
             [({"a": torch.ones(2)}, 1.0), ({"a": torch.ones(3)}, 1.0)],

@@ -113,6 +113,7 @@ def test_while_merged_state_dict_is_the_base_and_loading_is_refused_before_anyth
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     merge(model)
     merge(model)
+    assert {len(m._load_state_dict_pre_hooks) for m in (model, model.layers[0].mlp, model.layers[0].mlp[0])} == {1}
     kept = snapshot(model)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
@@ -128,6 +129,7 @@ def test_while_merged_state_dict_is_the_base_and_loading_is_refused_before_anyth
         model.load_state_dict(zeros)
     model.layers[0].load_state_dict(model.layers[0].state_dict())
     unmerge(model)
+    assert not any(m._load_state_dict_pre_hooks for m in model.modules())
     model.load_state_dict(zeros)
 
 
@@ -387,5 +389,11 @@ def test_an_unfrozen_weight_can_be_merged():
     assert layer.weight.requires_grad
 
 
-def test_the_hook_does_nothing_once_unmerged():
-    refuse_loading(nn.Linear(2, 2))
+def test_a_hook_that_is_left_does_nothing_once_unmerged():
+    model = two_layers()
+    merge(model)
+    for layer in model:  # without their parent, which keeps its hook
+        unmerge(layer)
+    assert len(model._load_state_dict_pre_hooks) == 1
+    model.load_state_dict(model.state_dict())
+    refuse_loading(model)
