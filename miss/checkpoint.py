@@ -114,6 +114,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
     tensors = {key_of(name): layer.miss_D.detach() for name, layer in adapted.items()} | others
     files.check_tensors(where, tensors)
     layers = {name: record_of(layer) for name, layer in adapted.items()}
+    for name, record in layers.items():
+        _check_record(name or "the model", record)
     try:
         version = importlib.metadata.version("miss-torch")
     except importlib.metadata.PackageNotFoundError:  # imported from a folder
@@ -203,11 +205,16 @@ def _parse(where: str, about: dict[str, Any]) -> tuple[dict[str, LayerRecord], s
             record = LayerRecord(**fields)
             out_features, in_features = record.shape
         except (TypeError, ValueError) as error:
-            raise CheckpointError(explain(where, f"its metadata of module {name!r} is damaged: {error}")) from error
-        numbers = (record.rank, out_features, in_features)
-        known = isinstance(record.method, str) and record.method in METHODS and all(type(number) is int for number in numbers)
-        known = known and is_real(record.scale) and is_real(record.dropout) and 0 <= record.dropout < 1
-        if not known or not 1 <= record.rank <= record.shape[METHODS[record.method].shared_axis]:
-            raise CheckpointError(explain(where, f"its metadata of module {name!r} is damaged", actual=record))
+            raise CheckpointError(explain(where, f"metadata of module {name!r}: not the settings of an adapter")) from error
+        _check_record(f"{where}, metadata of module {name!r}", record)
         layers[name] = record._replace(shape=(out_features, in_features))
     return layers, set(extra)
+
+
+def _check_record(where: str, record: LayerRecord) -> None:
+    """A `CheckpointError` unless the settings of a layer are of their types and within their rules."""
+    known = isinstance(record.method, str) and record.method in METHODS
+    known = known and all(type(number) is int for number in (record.rank, *record.shape))
+    known = known and is_real(record.scale) and is_real(record.dropout) and 0 <= record.dropout < 1
+    if not known or not 1 <= record.rank <= record.shape[METHODS[record.method].shared_axis]:
+        raise CheckpointError(explain(where, "not the settings of an adapter", actual=record))

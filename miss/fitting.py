@@ -121,7 +121,7 @@ def copy_(where: str, tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]
 
 def _plan(model: nn.Module, where: str, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> list[Adapter]:
     """The adapters to inject into a base model, in the order of ``layers``, allocated and zero."""
-    modules = dict(reversed([*walk(model)]))
+    modules = dict(walk(model))  # the last of a name, since a wrapper comes before what it wraps
     reasons = linear_layers(model)
     plan: dict[int, Adapter] = {}
     for name, record in layers.items():

@@ -93,10 +93,11 @@ def check_mergeable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> No
 def check_restorable(layers: Mapping[str, AdaptedLinear]) -> None:
     """Raise a `StateError` where the weight of a merged layer is not the one that was merged."""
     for name, layer in layers.items():
-        if layer.merged and (layer.weight.shape, layer.weight.dtype) != (layer.miss_base.shape, layer.miss_base.dtype):
-            kinds = [f"{tuple(w.shape)} of {w.dtype}" for w in (layer.miss_base, layer.weight)]
-            rule = "its weight has been replaced since it was merged"
-            raise StateError(explain(name or type(layer).__name__, rule, expected=kinds[0], actual=kinds[1]))
+        weight = layer._parameters.get("weight")
+        if layer.merged and (weight is None or (weight.shape, weight.dtype) != (layer.miss_base.shape, layer.miss_base.dtype)):
+            rule, base = "its weight has been replaced since it was merged", layer.miss_base
+            actual = "no parameter of its own" if weight is None else f"{tuple(weight.shape)} of {weight.dtype}"
+            raise StateError(explain(name or "the model", rule, expected=f"{tuple(base.shape)} of {base.dtype}", actual=actual))
 
 
 def bake_(layer: AdaptedLinear) -> None:

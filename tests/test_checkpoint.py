@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import miss
 from miss import (
@@ -88,11 +89,14 @@ def test_a_model_of_both_forms_goes_through_a_file(tmp_path: pathlib.Path, suffi
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_compiled_model_writes_the_same_keys(tmp_path: pathlib.Path):
+def test_wrappers_leave_no_trace_in_a_file(tmp_path: pathlib.Path):
     model = adapted_decoder()
     save(torch.compile(model), tmp_path / "a.pt")
     assert same_adapters(load(Decoder(), tmp_path / "a.pt"), model)
     assert same_adapters(load(torch.compile(Decoder()), tmp_path / "a.pt"), model)
+    wrapped = Decoder()
+    wrapped.layers[1].mlp[0] = checkpoint_wrapper(wrapped.layers[1].mlp[0])
+    assert same_adapters(load(wrapped, tmp_path / "a.pt"), model)
 
 
 class Classifier(nn.Module):
@@ -200,6 +204,10 @@ def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: path
         with torch.no_grad():
             model.encoder[2].miss_D[0, 0] = value
         with pytest.raises(CheckpointError, match=r"encoder\.2\.miss_D has elements that are not finite"):
+            save(model, path)
+        nn.init.zeros_(model.encoder[2].miss_D)
+        model.encoder[2].scale = value
+        with pytest.raises(CheckpointError, match=r"encoder\.2: not the settings of an adapter\n.*scale="):
             save(model, path)
     model.encoder[2].to("meta")
     with pytest.raises(CheckpointError, match=r"encoder\.2\.miss_D is not an ordinary tensor with data"):

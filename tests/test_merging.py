@@ -336,13 +336,18 @@ def test_running_out_of_memory_leaves_nothing_merged(monkeypatch: pytest.MonkeyP
     assert not any(layer.merged for layer in model)
 
 
-def test_a_weight_replaced_while_merged_is_not_overwritten():
+def widen(model: nn.Sequential) -> None:
+    model[1].weight.data = model[1].weight.data.double()
+
+
+@pytest.mark.parametrize("replace", [widen, parametrize])
+def test_a_weight_replaced_while_merged_is_not_overwritten(replace):
     model = two_layers()
     merge(model)
-    model[1].weight.data = model[1].weight.data.double()
+    replace(model)
     weights = [layer.weight.detach().clone() for layer in model]
     for call in (unmerge, eject):
-        with pytest.raises(StateError, match=r"1: its weight has been replaced"):
+        with pytest.raises(StateError, match=r"1: its (weight has been replaced|class has been swapped)"):
             call(model)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, weights))
     assert all(layer.merged for layer in model)
