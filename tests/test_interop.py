@@ -139,7 +139,6 @@ def trained_by_peft(directory: pathlib.Path, **options: object) -> tuple[nn.Modu
         {"target_modules": r"body\.(up|other)|layers\.\d"},
         {"target_modules": "all-linear", "exclude_modules": ["down"]},
         {"target_modules": ["0", "1", "2"], "exclude_modules": r"head\..*"},
-        {"target_modules": ["up"], "r": 16},  # more than in_features
         {"target_modules": ["up"], "init_weights": False},
     ],
     ids=str,
@@ -158,7 +157,7 @@ def test_forms_of_targets_and_whole_modules(tmp_path: pathlib.Path, options: dic
 
 
 def test_layers_to_transform(tmp_path: pathlib.Path):
-    base, targets, inputs = base_and_targets("llama")
+    base, _, inputs = base_and_targets("llama")
     config = peft.MissConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers")
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     for parameter in theirs.parameters():
@@ -230,6 +229,7 @@ UP = "base_model.model.body.up.miss_block"
             edit(lambda c, t: t.update({UP: torch.ones(4, 7)})),
             r"body.up.miss_block .*\n  expected: \(4, 6\)\n  actual:   \(4, 7\)",
         ),
+        (edit(lambda c, t: (c.update(r=11), t.update({UP: torch.ones(11, 6)}))), "body.up.miss_block does not .* 10 inputs"),
         (edit(lambda c, t: t.update({UP: torch.ones(2, 3, 4)})), "body.up.miss_block does not fit"),
         (edit(lambda c, t: t[UP].fill_(torch.nan)), "body.up.* has elements that are not finite"),
         (edit(lambda c, t: t.update({"base_model.model.head.1.bias": torch.ones(4)})), "head.1.bias has another shape"),

@@ -100,20 +100,18 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
             kind = "the model has no such module" if module is None else f"the module is a {type(module).__name__}"
             raise CheckpointError(explain(where, f"{name}{suffix}: {kind}"))
         shape = (module.out_features, module.in_features)
-        if tuple(block.shape) != (rank, module.out_features):
-            rule = f"{name}{suffix} does not fit r and the module"
+        if tuple(block.shape) != (rank, module.out_features) or rank > module.in_features:
+            rule = f"{name}{suffix} does not fit r and the module, a Linear of {module.in_features} inputs"
             raise CheckpointError(explain(where, rule, expected=(rank, module.out_features), actual=tuple(block.shape)))
-        # PEFT pads an input that is narrower than r, so that the columns beyond it take no part.
-        d = rearrange(block, "r o -> o r")[:, : module.in_features]
-        layers[name] = LayerRecord("misse", d.shape[1], 1.0, dropout, shape)
-        state[key_of(name)] = d.contiguous()
+        layers[name] = LayerRecord("misse", rank, 1.0, dropout, shape)
+        state[key_of(name)] = rearrange(block, "r o -> o r")
     return apply_(model, where, layers, state)
 
 
 def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, float]:
     """The suffix of the adapters' keys, r and dropout; a `CheckpointError` for what is not the default form of MiSS."""
     kind = config.get("peft_type")
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise CheckpointError(explain(where, "unknown peft_type", expected="MISS or BONE", actual=repr(kind)))
     form = config.get("init_weights", True)
     if form == "bat":
