@@ -120,7 +120,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
         version = importlib.metadata.version("miss-torch")
     except importlib.metadata.PackageNotFoundError:  # imported from a folder
         version = "unknown"
-    modules = {name: record._asdict() for name, record in layers.items()}
+    modules = {name: {k: v for k, v in record._asdict().items() if v is not None} for name, record in layers.items()}
     files.write(where, tensors, {"version": version, "modules": modules, "extra": sorted(others)})
 
 
@@ -148,11 +148,10 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     check_keys(where, sorted(expected - set(tensors)), sorted(set(tensors) - expected), "the file's own list")
     files.check_tensors(where, tensors)
     for name, record in layers.items():
-        d, shape = tensors[key_of(name)], list(record.shape)
-        shape[METHODS[record.method].shared_axis] = record.rank
-        if list(d.shape) != shape or d.dtype not in ADAPTER_DTYPES:
+        d = tensors[key_of(name)]
+        if d.shape != record.d_shape or d.dtype not in ADAPTER_DTYPES:
             rule = f"{key_of(name)} does not fit its metadata"
-            raise CheckpointError(explain(where, rule, expected=tuple(shape), actual=f"{tuple(d.shape)} of {d.dtype}"))
+            raise CheckpointError(explain(where, rule, expected=record.d_shape, actual=f"{tuple(d.shape)} of {d.dtype}"))
     if not intact:
         raise CheckpointError(explain(where, "is damaged: its content does not match its checksum"))
     return apply_(model, where, layers, tensors)
@@ -216,5 +215,7 @@ def _check_record(where: str, record: LayerRecord) -> None:
     known = isinstance(record.method, str) and record.method in METHODS
     known = known and all(type(number) is int for number in (record.rank, *record.shape))
     known = known and is_real(record.scale) and is_real(record.dropout) and 0 <= record.dropout < 1
+    if known and record.rows is not None:
+        known = record.method == "misse" and type(record.rows) is int and record.rows > 0 and record.shape[0] % record.rows == 0
     if not known or not 1 <= record.rank <= record.shape[METHODS[record.method].shared_axis]:
         raise CheckpointError(explain(where, "not the settings of an adapter", actual=record))

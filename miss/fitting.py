@@ -20,13 +20,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class LayerRecord(NamedTuple):
-    """What a file says of one adapted layer, beside its tensor; ``shape`` is the weight's."""
+    """What a file says of one adapted layer, beside its tensor.
+
+    ``shape`` is the weight's; ``rows`` those of a MiSSe D that has fewer than outputs.
+    """
 
     method: str
     rank: int
     scale: float
     dropout: float
     shape: tuple[int, int]
+    rows: int | None = None
+
+    @property
+    def d_shape(self) -> tuple[int, int]:
+        """The shape of D."""
+        shape = list(self.shape)
+        shape[METHODS[self.method].shared_axis] = self.rank
+        return self.rows or shape[0], shape[1]
 
 
 def apply_(model: Model, where: str, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> Model:
@@ -67,7 +78,8 @@ def key_of(name: str) -> str:
 def record_of(layer: AdaptedLinear) -> LayerRecord:
     """The settings of an adapted layer."""
     method = next(key for key, form in METHODS.items() if isinstance(layer, form))
-    return LayerRecord(method, layer.rank, layer.scale, layer.dropout, (layer.out_features, layer.in_features))
+    rows = layer.miss_D.shape[0] if method == "misse" and layer.miss_D.shape[0] != layer.out_features else None
+    return LayerRecord(method, layer.rank, layer.scale, layer.dropout, (layer.out_features, layer.in_features), rows)
 
 
 def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -138,7 +150,7 @@ def _plan(model: nn.Module, where: str, layers: Mapping[str, LayerRecord], tenso
         if id(linear) in plan:
             raise CheckpointError(explain(where, f"two adapters are for one module of the model; the second is {name!r}"))
         form = METHODS[record.method]
-        d = form.new_adapter(linear, record.rank, tensors[key_of(name)].dtype)
+        d = form.new_adapter(linear, record.rank, tensors[key_of(name)].dtype, record.rows)
         plan[id(linear)] = Adapter(linear, form, d, float(record.scale), float(record.dropout))
     return list(plan.values())
 
@@ -149,7 +161,7 @@ def _check_same(where: str, layers: Mapping[str, LayerRecord], adapted: Mapping[
     check_keys(where, list(map(key_of, missing)), list(map(key_of, unexpected)))
     for name, record in layers.items():
         own = record_of(adapted[name])
-        for field in ("method", "shape", "rank", "scale"):
+        for field in ("method", "shape", "rank", "rows", "scale"):
             if getattr(record, field) != getattr(own, field):
                 rule = f"the {field} of {name or 'the adapter'!r} is not the model's"
                 raise CheckpointError(explain(where, rule, expected=getattr(own, field), actual=getattr(record, field)))

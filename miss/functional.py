@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-__all__ = ["block_mean", "block_sum", "expand_blocks", "expand_shards", "is_dtensor"]
+__all__ = ["block_mean", "block_sum", "cycle_rows", "expand_blocks", "expand_shards", "is_dtensor"]
 __all__ += ["miss_factors", "miss_linear", "misse_factors", "misse_linear"]
 
 # Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
@@ -112,17 +112,36 @@ def expand_shards(d: Tensor, out_features: int) -> Tensor:
     return torch.cat([repeat(d[run], "n i -> (n s) i", s=size) for run, _, size in runs])
 
 
-def misse_factors(d: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+def cycle_rows(d: Tensor, out_features: int) -> Tensor:
+    """The rows of ``d`` in turn until there is one for each output: row ``o`` is ``d[o mod m]``; ``d`` itself where ``m = o``.
+
+    So PEFT's mini form shares D along the output too.
+
+    Args:
+        d: ``(m, r)``.
+        out_features: ``o``, a multiple of ``m``.
+
+    Shape:
+        ``(m, r) -> (o, r)``.
+
+    >>> cycle_rows(torch.tensor([[1], [2]]), out_features=4).flatten()
+    tensor([1, 2, 1, 2])
+    """
+    rows = d.shape[0]
+    return d if rows == out_features else repeat(d, "m r -> (t m) r", m=rows, t=out_features // rows)
+
+
+def misse_factors(d: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
     """MiSSe as a LoRA: ``A`` with ``A[j, c] = 1 if c mod r == j else 0``, and ``B = d``; ``B A`` is ``expand_blocks(d)``.
 
     Shape:
-        ``(o, r) -> (r, i), (o, r)``.
+        ``(o, r) -> (r, i), (o, r)``; a ``d`` of fewer rows is cycled.
 
-    >>> misse_factors(torch.tensor([[1.0, 2.0]]), in_features=3)[0]
+    >>> misse_factors(torch.tensor([[1.0, 2.0]]), in_features=3, out_features=1)[0]
     tensor([[1., 0., 1.],
             [0., 1., 0.]])
     """
-    return expand_blocks(torch.eye(d.shape[1], dtype=d.dtype, device=d.device), in_features), d
+    return expand_blocks(torch.eye(d.shape[1], dtype=d.dtype, device=d.device), in_features), cycle_rows(d, out_features)
 
 
 def miss_factors(d: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +164,7 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
     Args:
         x: the input, ``(..., i)``.
         y: the base layer's output, ``(..., o)``; its dtype is the compute dtype, and that of the result.
-        d: ``(o, r)``, in any floating dtype.
+        d: ``(o, r)``, or ``(m, r)`` with fewer rows, which are cycled; in any floating dtype.
         scale: factor of the delta.
 
     Shape:
@@ -161,7 +180,7 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
         s, factor = block_mean(x, rank), scale * -(-x.shape[-1] // rank)
     else:
         s, factor = block_sum(x, rank), scale
-    return y + F.linear(s.to(y.dtype), _scaled(d, factor, y.dtype))
+    return y + F.linear(s.to(y.dtype), cycle_rows(_scaled(d, factor, y.dtype), y.shape[-1]))
 
 
 def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:

@@ -87,12 +87,15 @@ class AdaptedLinear(nn.Linear):
         return cls.swap_(linear, cls.new_adapter(linear, rank, adapter_dtype), scale, dropout)
 
     @classmethod
-    def new_adapter(cls, linear: nn.Linear, rank: int, adapter_dtype: torch.dtype | None) -> nn.Parameter:
-        """A zero D for ``linear``, on the device of its weight. ``linear`` is not changed."""
+    def new_adapter(
+        cls, linear: nn.Linear, rank: int, adapter_dtype: torch.dtype | None, rows: int | None = None
+    ) -> nn.Parameter:
+        """A zero D for ``linear``, on the device of its weight; MiSSe may have fewer ``rows``. ``linear`` is not changed."""
         default = linear.weight.dtype if linear.weight.dtype in (torch.float64, torch.float32) else torch.float32
         with torch.inference_mode(False):
             shape = [linear.out_features, linear.in_features]
             shape[cls.shared_axis] = rank
+            shape[0] = rows or shape[0]
             return nn.Parameter(torch.zeros(shape, device=linear.weight.device, dtype=adapter_dtype or default))
 
     @classmethod
@@ -142,7 +145,12 @@ class AdaptedLinear(nn.Linear):
         Shape:
             ``(out_features, in_features)``, in the dtype of ``miss_D``.
         """
-        return self.scale * self.expand(self.miss_D, (self.out_features, self.in_features)[self.shared_axis])
+        return self.scale * self.dense(self.miss_D)
+
+    def dense(self, d: Tensor) -> Tensor:
+        """``expand(d)`` for a ``d`` of the shape of ``miss_D``: ``(out_features, in_features)``."""
+        wide = self.expand(d, (self.out_features, self.in_features)[self.shared_axis])
+        return functional.cycle_rows(wide, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """The base layer's output plus the delta's, in the dtype that the base layer gives; no weight is changed.
@@ -232,7 +240,8 @@ class MiSSeLinear(AdaptedLinear):
 
     Attributes:
         weight, bias: the base layer's, ``(out_features, in_features)`` and ``(out_features)``; the constructor freezes them.
-        miss_D: ``(out_features, rank)``, zero at first; trainable.
+        miss_D: ``(out_features, rank)``, zero at first; trainable. Where it has fewer rows, a divisor of ``out_features``, as in
+            PEFT's mini form, row ``o`` of the delta is that of ``miss_D[o mod rows]``.
 
     Raises:
         ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.

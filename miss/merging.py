@@ -142,8 +142,7 @@ def _wide(layer: AdaptedLinear) -> torch.dtype:
 
 def _delta(layer: AdaptedLinear) -> Tensor:
     """`delta_weight`, computed in fp32 or wider."""
-    d = layer.scale * layer.miss_D.detach().to(_wide(layer))
-    return layer.expand(d, (layer.out_features, layer.in_features)[layer.shared_axis])
+    return layer.dense(layer.scale * layer.miss_D.detach().to(_wide(layer)))
 
 
 def _sum(layer: AdaptedLinear) -> Tensor:

@@ -22,7 +22,9 @@ from miss import (
     disabled,
     inject,
     interop,
+    load,
     merge,
+    save,
     unmerge,
 )
 from miss.interop.directory import base_config
@@ -194,6 +196,38 @@ def test_bone_reads(tmp_path: pathlib.Path):
     torch.testing.assert_close(ours(X), theirs(X))
 
 
+@pytest.mark.parametrize("mini_r", [1, 2, 4])  # 4 is all outputs of one of the layers
+@pytest.mark.parametrize("rank", [2, 4])  # divides 10 and 6, and does not
+def test_the_mini_form_goes_both_ways(tmp_path: pathlib.Path, rank: int, mini_r: int):
+    targets = ["down", "other"] if mini_r == 4 else ["up", "down"]
+    options = {"target_modules": targets, "init_weights": "mini", "mini_r": mini_r, "r": rank}
+    base, theirs = trained_by_peft(tmp_path / "theirs", **options)
+    ours = interop.peft.load(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(ours(X), theirs(X))
+    assert {tuple(d.shape) for d in adapter_parameters(ours)} == {(mini_r, rank)}
+    interop.peft.save(ours, tmp_path / "ours")
+    written, read = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[key], read[key]) for key in read)
+    for write, name in ((interop.peft.save, "ours"), (interop.lora.save, "lora")):
+        write(ours, tmp_path / name)
+        back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name).eval()
+        torch.testing.assert_close(back(X), theirs(X))
+    save(ours, tmp_path / "a.pt")
+    loaded = load(copy.deepcopy(base), tmp_path / "a.pt")
+    assert torch.equal(loaded(X), ours(X))
+    load(ours, tmp_path / "a.pt")
+    on, kept = ours(X), copy.deepcopy(base).state_dict()
+    merge(ours.eval())
+    torch.testing.assert_close(ours(X), on)
+    unmerge(ours)
+    assert all(torch.equal(ours.state_dict()[key], tensor) for key, tensor in kept.items())
+    full = inject(copy.deepcopy(base), targets, rank=rank)
+    if mini_r < 4:
+        with pytest.raises(CheckpointError, match="the rows of"):
+            load(full, tmp_path / "a.pt")
+
+
 UP = "base_model.model.body.up.miss_block"
 
 
@@ -212,6 +246,8 @@ UP = "base_model.model.body.up.miss_block"
         (edit(lambda c, t: c.update(init_weights="new")), "init_weights names a form"),
         (edit(lambda c, t: c.update(bias="all")), "biases were trained too"),
         (edit(lambda c, t: c.update(r="4")), "r must be a positive int"),
+        (edit(lambda c, t: c.update(init_weights="mini", mini_r=0)), "mini_r must be a positive int"),
+        (edit(lambda c, t: c.update(init_weights="mini", mini_r=2)), r"miss_block does not fit r, mini_r"),
         (edit(lambda c, t: c.update(miss_dropout=2)), "dropout must be a probability"),
         (edit(lambda c, t: c.update(target_modules="(")), "configuration of targets is damaged"),
         (edit(lambda c, t: c.update(target_modules=3)), "configuration of targets is damaged"),
@@ -229,7 +265,10 @@ UP = "base_model.model.body.up.miss_block"
             edit(lambda c, t: t.update({UP: torch.ones(4, 7)})),
             r"body.up.miss_block .*\n  expected: \(4, 6\)\n  actual:   \(4, 7\)",
         ),
-        (edit(lambda c, t: (c.update(r=11), t.update({UP: torch.ones(11, 6)}))), "body.up.miss_block does not .* 10 inputs"),
+        (
+            edit(lambda c, t: (c.update(r=11), t.update({UP: torch.ones(11, 6)}))),
+            "body.down.miss_block does not fit r",
+        ),
         (edit(lambda c, t: t.update({UP: torch.ones(2, 3, 4)})), "body.up.miss_block does not fit"),
         (edit(lambda c, t: t[UP].fill_(torch.nan)), "body.up.* has elements that are not finite"),
         (edit(lambda c, t: t.update({"base_model.model.head.1.bias": torch.ones(4)})), "head.1.bias has another shape"),
@@ -250,7 +289,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: pathlib.Path
 def test_what_peft_has_no_form_for_is_refused(tmp_path: pathlib.Path):
     for model, message in (
         (inject(Classifier(), "up", rank=2, method="miss"), r"body\.up: is a MiSSLinear.*\n.*miss\.interop\.lora\.save"),
-        (inject(inject(Classifier(), "up", rank=2), "down", rank=3), r"one rank and one dropout.*\n.*\(2, 0\.0\), \(3, 0\.0\)"),
+        (
+            inject(inject(Classifier(), "up", rank=2), "down", rank=3),
+            r"one rank, mini_r and dropout.*\n.*\(2, 1, 0\.0\)",
+        ),
         (inject(nn.Linear(3, 3), "", rank=2), "a lone layer has no module path"),
         (Classifier(), "the model has no adapter"),
     ):
@@ -261,15 +303,15 @@ def test_what_peft_has_no_form_for_is_refused(tmp_path: pathlib.Path):
             interop.lora.save(model, tmp_path / "a")
     model = inject(Classifier(), "up", rank=2)
     model.body["up"].miss_D.data.fill_(torch.inf)
-    for save in (interop.peft.save, interop.lora.save):
+    for write in (interop.peft.save, interop.lora.save):
         with pytest.raises(CheckpointError, match=r"body\.up\..* not finite"):
-            save(model, tmp_path / "a")
+            write(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
     nn.init.zeros_(model.body["up"].miss_D)
-    for save in (interop.peft.save, interop.lora.save):
+    for write in (interop.peft.save, interop.lora.save):
         with pytest.raises(CheckpointError, match="cannot be written"):
-            save(model, tmp_path / "file")
+            write(model, tmp_path / "file")
     merge(model)
     interop.peft.save(model, tmp_path / "a")
     with pytest.raises(StateError, match="is merged"):

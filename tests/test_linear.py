@@ -2,6 +2,7 @@ import copy
 import io
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,28 @@ def test_sharded_forward_equals_oracle_and_merged_weight(case: Case, dtype: torc
         assert got.shape == want.shape
         assert ((got.double() - want).abs() <= tolerance(dtype, magnitude.detach(), terms)).all()
     assert (y.dtype, grad_x.dtype, grad_d.dtype) == (dtype, dtype, layer.miss_D.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(case=cases().filter(lambda case: case.method == "misse"), times=st.integers(1, 3), rows=st.integers(1, 4))
+def test_a_d_of_fewer_rows_is_cycled(case: Case, dtype: torch.dtype, times: int, rows: int):
+    case = replace(case, out_features=rows * times)
+    layer, x = case.layer(dtype), case.input(dtype)
+    layer.miss_D = nn.Parameter(torch.randn(rows, case.rank, dtype=layer.miss_D.dtype))
+    d, w = layer.miss_D.detach().double(), layer.weight.double()
+    delta = torch.stack([torch.stack([d[o % rows, c % case.rank] for c in range(case.in_features)]) for o in range(len(w))])
+    assert torch.equal(layer.delta_weight().double(), (case.scale * delta).to(layer.miss_D.dtype).double())
+    y = layer(x)
+    y.sum().backward()
+    bias = torch.zeros(len(w)) if layer.bias is None else layer.bias.double()
+    exact = x.double() @ (w + case.scale * delta).T + bias
+    size = x.double().abs() @ (w.abs() + abs(case.scale) * delta.abs()).T + bias.abs()
+    assert ((y.double() - exact).abs() <= tolerance(dtype, size, case.in_features + 1)).all()
+    blocks = reference.factor("misse", case.rank, len(w), case.in_features)
+    flat = x.double().reshape(-1, case.in_features).repeat(times, 1)
+    grad = case.scale * (flat @ blocks.T).sum(0)
+    bound = tolerance(dtype, abs(case.scale) * (flat.abs() @ blocks.T).sum(0), len(flat) * case.in_features + 1)
+    assert ((layer.miss_D.grad.double() - grad).abs() <= bound).all()
 
 
 @given(case=cases(max_size=5))

@@ -39,7 +39,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         d = layer.miss_D.detach()
         if layer.scale != scale:
             d = (d.to(torch.promote_types(d.dtype, torch.float32)) * layer.scale).to(d.dtype)
-        a, b = misse_factors(d, layer.in_features) if isinstance(layer, MiSSeLinear) else miss_factors(d, layer.out_features)
+        if isinstance(layer, MiSSeLinear):
+            a, b = misse_factors(d, layer.in_features, layer.out_features)
+        else:
+            a, b = miss_factors(d, layer.out_features)
         key = f"{directories.PREFIX}{name}"
         tensors[f"{key}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - a.shape[0]))
         tensors[f"{key}.lora_B.weight"] = F.pad(b, (0, rank - b.shape[1]))

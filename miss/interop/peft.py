@@ -25,8 +25,8 @@ KEYS = {"MISS": ".miss_block", "BONE": ".bone_block"}  # Bone is the older name 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
 
-    PEFT's default form is MiSSe at scale 1 and one rank: ``miss_block`` is D transposed, ``(r, out)``. It has no scale: where a
-    layer's is not 1, D is multiplied by it in fp32 and rounded once.
+    PEFT's default form is MiSSe at scale 1 and one rank: ``miss_block`` is D transposed, ``(r, out)``, or ``(r, mini_r)`` in the
+    mini form, for a D of fewer rows. There is no scale: where a layer's is not 1, D is multiplied by it in fp32 and rounded.
 
     Args:
         model: an adapted model; not changed.
@@ -39,15 +39,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ImportError: safetensors is absent; the extra ``files`` installs it.
     """
     layers = directories.adapted(model)
-    settings = {(layer.rank, layer.dropout) for layer in layers.values()}
     for name, layer in layers.items():
         if not isinstance(layer, MiSSeLinear):
             do = "miss.interop.lora.save writes it as LoRA, exactly"
             raise StateError(explain(name, f"is a {type(layer).__name__}, a form that PEFT does not have", do=do))
+    mini = any(layer.miss_D.shape[0] != layer.out_features for layer in layers.values())
+    settings = {(layer.rank, layer.miss_D.shape[0] if mini else 1, layer.dropout) for layer in layers.values()}
     if len(settings) > 1:
-        actual = f"(rank, dropout): {', '.join(map(str, sorted(settings)))}"
-        raise StateError(explain("save", "PEFT has one rank and one dropout for all layers", actual=actual))
-    ((rank, dropout),) = settings
+        rule, actual = "PEFT has one rank, mini_r and dropout for all layers", ", ".join(map(str, sorted(settings)))
+        raise StateError(explain("save", rule, actual=f"(rank, mini_r, dropout): {actual}"))
+    ((rank, rows, dropout),) = settings
     tensors = {}
     for name, layer in layers.items():
         d = layer.miss_D.detach()
@@ -57,9 +58,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     config = directories.base_config(model, layers) | {
         "peft_type": "MISS",
         "r": rank,
-        "mini_r": 1,
+        "mini_r": rows,
         "miss_dropout": dropout,
-        "init_weights": True,
+        "init_weights": "mini" if mini else True,
     }
     directories.write(directory, config, tensors)
 
@@ -85,7 +86,7 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     """
     where = os.fspath(directory)
     config, tensors = directories.read(directory)
-    suffix, rank, dropout = _parse(where, config)
+    suffix, rank, rows, dropout = _parse(where, config)
     unmerged(model)
     modules = dict(walk(model))
     blocks = {key.removesuffix(suffix): block for key, block in tensors.items() if key.endswith(suffix)}
@@ -99,17 +100,18 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
         if not isinstance(module, nn.Linear):
             kind = "the model has no such module" if module is None else f"the module is a {type(module).__name__}"
             raise CheckpointError(explain(where, f"{name}{suffix}: {kind}"))
-        shape = (module.out_features, module.in_features)
-        if tuple(block.shape) != (rank, module.out_features) or rank > module.in_features:
-            rule = f"{name}{suffix} does not fit r and the module, a Linear of {module.in_features} inputs"
-            raise CheckpointError(explain(where, rule, expected=(rank, module.out_features), actual=tuple(block.shape)))
-        layers[name] = LayerRecord("misse", rank, 1.0, dropout, shape)
+        record = LayerRecord("misse", rank, 1.0, dropout, (module.out_features, module.in_features), rows)
+        expected_shape = record.d_shape[::-1]
+        if tuple(block.shape) != expected_shape or rank > module.in_features or module.out_features % expected_shape[1]:
+            rule = f"{name}{suffix} does not fit r, mini_r and the module, a Linear{record.shape[::-1]}"
+            raise CheckpointError(explain(where, rule, expected=expected_shape, actual=tuple(block.shape)))
+        layers[name] = record if rows != module.out_features else record._replace(rows=None)
         state[key_of(name)] = rearrange(block, "r o -> o r")
     return apply_(model, where, layers, state)
 
 
-def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, float]:
-    """The suffix of the adapters' keys, r and dropout; a `CheckpointError` for what is not the default form of MiSS."""
+def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, int | None, float]:
+    """The suffix of the adapters' keys, r, mini_r in the mini form, and dropout; a `CheckpointError` for what is neither form."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KEYS:
         raise CheckpointError(explain(where, "unknown peft_type", expected="MISS or BONE", actual=repr(kind)))
@@ -117,17 +119,19 @@ def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, float]:
     if form == "bat":
         rule = "init_weights is 'bat', whose delta depends on the base weight and is not linear in the adapter"
         raise CheckpointError(explain(where, rule, do="merge it with PEFT, then adapt the merged model"))
-    if not isinstance(form, bool):
+    if not isinstance(form, bool) and form != "mini":
         rule = "init_weights names a form that is not read here"
-        raise CheckpointError(explain(where, rule, expected="true or false", actual=repr(form)))
+        raise CheckpointError(explain(where, rule, expected='true, false or "mini"', actual=repr(form)))
     if config.get("bias", "none") != "none":
         raise CheckpointError(explain(where, "biases were trained too", expected='bias: "none"', actual=repr(config["bias"])))
     rank, dropout = config.get("r", 64), config.get(f"{kind.lower()}_dropout", 0.0)
-    if type(rank) is not int or rank < 1:
-        raise CheckpointError(explain(where, "r must be a positive int", actual=repr(rank)))
+    rows = config.get("mini_r", 1) if form == "mini" else None
+    for field, number in (("r", rank), ("mini_r", rows)):
+        if number is not None and (type(number) is not int or number < 1):
+            raise CheckpointError(explain(where, f"{field} must be a positive int", actual=repr(number)))
     if not is_real(dropout) or not 0 <= dropout < 1:
         raise CheckpointError(explain(where, "the dropout must be a probability", actual=repr(dropout)))
-    return KEYS[kind], rank, float(dropout)
+    return KEYS[kind], rank, rows, float(dropout)
 
 
 def _targets(where: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
