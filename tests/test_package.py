@@ -13,8 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_readme_example_runs_as_shown(capsys, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], "README.md", "exec"), {})
+    exec(compile("".join(blocks), "README.md", "exec"), {})
     assert "misse" in capsys.readouterr().out
 
 
@@ -32,9 +31,12 @@ def test_public_names_exist_and_have_docstrings():
 
 def test_imports_run_downward():
     order = ["errors", "functional", "adaptable", "linear", "targets", "merging", "inject", "adapter"]
-    order += ["files", "fitting", "checkpoint"]
-    assert {path.stem for path in (ROOT / "miss").glob("*.py")} == {*order, "__init__"}
+    order += ["files", "fitting", "checkpoint", "interop/directory", "interop/lora", "interop/peft"]
+    rooms = {str(path.relative_to(ROOT / "miss").with_suffix("")) for path in (ROOT / "miss").rglob("*.py")}
+    assert rooms == {*order, "__init__", "interop/__init__"}
     for position, room in enumerate(order):
         source = (ROOT / "miss" / f"{room}.py").read_text()
-        used = re.findall(r"^from miss\.(\w+) import|^from miss import (\w+)", source, re.MULTILINE)
-        assert {a or b for a, b in used} <= set(order[:position]), room
+        used = re.findall(r"^from miss(?:\.([\w.]+))? import (.*)", source, re.MULTILINE)
+        names = {home.replace(".", "/") for home, _ in used if home not in ("", "interop")}
+        names |= {f"{home}/{name}".lstrip("/") for home, names in used if home in ("", "interop") for name in names.split(", ")}
+        assert {name.split(" as ")[0] for name in names} <= set(order[:position]), room
