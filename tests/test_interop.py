@@ -161,12 +161,7 @@ def test_forms_of_targets_and_whole_modules(tmp_path: pathlib.Path, options: dic
 def test_layers_to_transform(tmp_path: pathlib.Path):
     base, _, inputs = base_and_targets("llama")
     config = peft.MissConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers")
-    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter)
-    theirs.save_pretrained(tmp_path)
-    ours = interop.peft.load(copy.deepcopy(base), tmp_path)
+    theirs, ours = peft_and_ours(tmp_path, base, config)
     assert list(adapted_modules(ours)) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
     torch.testing.assert_close(output(ours, inputs), output(theirs, inputs))
 
@@ -194,6 +189,44 @@ def test_bone_reads(tmp_path: pathlib.Path):
     ours = interop.peft.load(copy.deepcopy(base), tmp_path)
     assert ours.body["up"].dropout == 0.5
     torch.testing.assert_close(ours(X), theirs(X))
+
+
+def peft_and_ours(tmp_path: pathlib.Path, base: nn.Module, config: peft.PeftConfig) -> tuple[nn.Module, nn.Module]:
+    """PEFT's model, adapted and trained, and ours, loaded from its directory into a copy of the base."""
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    return theirs, interop.peft.load(copy.deepcopy(base), tmp_path)
+
+
+def test_the_head_of_a_classifier_comes_along(tmp_path: pathlib.Path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20, "vocab_size": 31}
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).double().eval()
+    # modules_to_save becomes ["classifier", "score"], and BERT has no score
+    theirs, ours = peft_and_ours(tmp_path, base, peft.MissConfig(r=5, target_modules="all-linear", task_type="SEQ_CLS"))
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+    torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace("SEQ_CLS", "CAUSAL_LM"))
+    with pytest.raises(CheckpointError, match="the model has no module 'score'"):
+        interop.peft.load(copy.deepcopy(base), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # peft says that it may not be exact; miss is
+def test_tied_embeddings(tmp_path: pathlib.Path):
+    base, _, inputs = base_and_targets("llama")
+    theirs, ours = peft_and_ours(tmp_path / "head", base, peft.MissConfig(r=5, target_modules=["lm_head", "q_proj"]))
+    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs))
+    assert "lm_head" in adapted_modules(ours)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is tied to lm_head\.weight in the model"):
+        peft_and_ours(tmp_path / "embed", base, peft.MissConfig(r=5, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    config = peft.MissConfig(r=5, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    theirs, ours = peft_and_ours(tmp_path / "untied", base, config)
+    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs))
 
 
 @pytest.mark.parametrize("mini_r", [1, 2, 4])  # 4 is all outputs of one of the layers

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
 from miss.adaptable import is_real
 from miss.errors import CheckpointError, StateError, explain
@@ -94,7 +94,7 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     expected += _saved_keys(where, model, config)
     check_keys(where, [key for key in expected if key not in tensors], [])
     layers: dict[str, LayerRecord] = {}
-    state = {key: tensor for key, tensor in tensors.items() if not key.endswith(suffix)}
+    state = _others(where, model, {key: tensor for key, tensor in tensors.items() if not key.endswith(suffix)})
     for name, block in blocks.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
@@ -159,16 +159,40 @@ def _targets(where: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
 
 def _saved_keys(where: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
     """The keys of all tensors in the modules that ``modules_to_save`` names."""
-    saved = config.get("modules_to_save") or []
-    keys: list[str] = []
-    for wanted in saved:
-        roots = [name for name in instances(model, nn.Module) if _matches(name, [wanted])]
-        if not roots:
+    modules = instances(model, nn.Module)
+    roots = {wanted: [name for name in modules if _matches(name, [wanted])] for wanted in config.get("modules_to_save") or []}
+    # For a classifier PEFT lists both names that its head may have, of which a model has one.
+    heads = {"classifier", "score"} if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else set()
+    for wanted, found in roots.items():
+        if not found and not (wanted in heads and any(roots.get(head) for head in heads)):
             raise CheckpointError(explain(where, f"modules_to_save: the model has no module {wanted!r}"))
-        for name, module in instances(model, nn.Module).items():
-            if any(name == root or name.startswith(f"{root}.") for root in roots):
-                keys += named_tensors(name, module)
-    return keys
+    tops = [root for found in roots.values() for root in found]
+    inside = [name for name in modules if any(name == top or name.startswith(f"{top}.") for top in tops)]
+    return [key for name in inside for key in named_tensors(name, modules[name])]
+
+
+def _others(where: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that are no adapters, by their names in the model.
+
+    PEFT adds the base weight of an adapted output head; it is left out where it is the model's own. Where PEFT trained one of
+    two tied tensors, the other kept its value, which a tied model cannot show.
+    """
+    slots = {
+        key: tensor for name, module in instances(model, nn.Module).items() for key, tensor in named_tensors(name, module).items()
+    }
+    others = {}
+    for key, tensor in state.items():
+        name = key.replace(".base_layer.", ".")
+        slot = slots.get(name)
+        if name != key and slot is not None and slot.dtype == tensor.dtype and torch.equal(slot.detach().cpu(), tensor):
+            continue
+        others[name] = tensor
+    for name in others:
+        tied = [key for key, slot in slots.items() if slot is slots.get(name) and key not in others]
+        if tied:
+            rule = f"{name} is tied to {tied[0]} in the model, and was trained without it"
+            raise CheckpointError(explain(where, rule, do=f"untie them first: give {tied[0]} a Parameter of its own"))
+    return others
 
 
 def _matches(name: str, targets: Any) -> bool:
