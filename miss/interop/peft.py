@@ -79,8 +79,8 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
         ``model`` itself.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the adapter is of another type or of a form that is not a `MiSSeLinear`, or
-            does not fit the model; the message names file, key and reason.
+        CheckpointError: a file is missing or damaged, the adapter is of another type or of the form "bat", or it does not fit the
+            model; the message names file, key and reason.
         StateError: the model is merged, or a tensor of it cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
     """
@@ -90,6 +90,8 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     unmerged(model)
     modules = dict(walk(model))
     blocks = {key.removesuffix(suffix): block for key, block in tensors.items() if key.endswith(suffix)}
+    if not blocks:
+        raise CheckpointError(explain(where, f"holds no adapter: no key ends in {suffix}"))
     expected = [f"{name}{suffix}" for name in _targets(where, model, config) if name not in blocks]
     expected += _saved_keys(where, model, config)
     check_keys(where, [key for key in expected if key not in tensors], [])
@@ -124,6 +126,9 @@ def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, int | None, fl
         raise CheckpointError(explain(where, rule, expected='true, false or "mini"', actual=repr(form)))
     if config.get("bias", "none") != "none":
         raise CheckpointError(explain(where, "biases were trained too", expected='bias: "none"', actual=repr(config["bias"])))
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise CheckpointError(explain(where, "modules_to_save must be a list of names", actual=repr(saved)))
     rank, dropout = config.get("r", 64), config.get(f"{kind.lower()}_dropout", 0.0)
     rows = config.get("mini_r", 1) if form == "mini" else None
     for field, number in (("r", rank), ("mini_r", rows)):
@@ -184,7 +189,7 @@ def _others(where: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str,
     for key, tensor in state.items():
         name = key.replace(".base_layer.", ".")
         slot = slots.get(name)
-        if name != key and slot is not None and slot.dtype == tensor.dtype and torch.equal(slot.detach().cpu(), tensor):
+        if name != key and slot is not None and not slot.is_meta and torch.equal(slot.detach().to("cpu", tensor.dtype), tensor):
             continue
         others[name] = tensor
     for name in others:
