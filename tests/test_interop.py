@@ -139,6 +139,7 @@ def trained_by_peft(directory: pathlib.Path, **options: object) -> tuple[nn.Modu
         {"target_modules": ["up", "down"], "modules_to_save": ["head"]},
         {"target_modules": ["up", "1"], "modules_to_save": ["head.0", "other"]},
         {"target_modules": r"body\.(up|other)|layers\.\d"},
+        {"target_modules": ["up", "1"], "modules_to_save": ["head"]},  # head.1 is no target then
         {"target_modules": "all-linear", "exclude_modules": ["down"]},
         {"target_modules": ["0", "1", "2"], "exclude_modules": r"head\..*"},
         {"target_modules": ["up"], "init_weights": False},
@@ -286,6 +287,10 @@ UP = "base_model.model.body.up.miss_block"
             "holds no adapter",
         ),
         (edit(lambda c, t: c.update(init_weights="mini", mini_r=0)), "mini_r must be a positive int"),
+        (
+            edit(lambda c, t: (c.update(init_weights="mini", mini_r=4), t.update({UP: torch.ones(4, 4)}))),  # 6 outputs
+            "body.up.miss_block does not fit r, mini_r",
+        ),
         (edit(lambda c, t: c.update(init_weights="mini", mini_r=2)), r"miss_block does not fit r, mini_r"),
         (edit(lambda c, t: c.update(miss_dropout=2)), "dropout must be a probability"),
         (edit(lambda c, t: c.update(target_modules="(")), "configuration of targets is damaged"),
