@@ -11,9 +11,19 @@ from torch import Tensor, nn
 
 from miss import files
 from miss.adaptable import ADAPTER_DTYPES, is_real
-from miss.adapter import adapted_modules
 from miss.errors import CheckpointError, StateError, explain
-from miss.fitting import LayerRecord, apply_, check_fit, check_keys, copy_, key_of, named_tensors, record_of, unmerged
+from miss.fitting import (
+    LayerRecord,
+    apply_,
+    check_fit,
+    check_keys,
+    copy_,
+    key_of,
+    named_tensors,
+    own_adapters,
+    record_of,
+    unmerged,
+)
 from miss.linear import METHODS
 from miss.targets import Targets, instances, resolve
 
@@ -39,7 +49,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> {key: d.shape for key, d in adapter_state_dict(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)).items()}
     {'0.miss_D': torch.Size([2, 4])}
     """
-    return {key_of(name): layer.miss_D.detach().clone() for name, layer in adapted_modules(model).items()}
+    return {key_of(name): layer.miss_D.detach().clone() for name, layer in own_adapters(model).items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> IncompatibleKeys:
@@ -98,7 +108,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
     MiSSeLinear(in_features=8, out_features=2, bias=True, rank=4, scale=1.0, dropout=0.0)
     """
     where = files.check_path(path)
-    adapted = adapted_modules(model)
+    adapted = own_adapters(model)
     if not adapted:
         raise StateError(explain("save", "the model has no adapter", do="inject first"))
     wanted = {id(module) for module in resolve(model, extra, "extra")}
@@ -116,6 +126,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
     layers = {name: record_of(layer) for name, layer in adapted.items()}
     for name, record in layers.items():
         _check_record(name or "the model", record)
+        if (dtype := adapted[name].miss_D.dtype) not in ADAPTER_DTYPES:
+            raise CheckpointError(explain(where, f"{key_of(name)} has a dtype that no adapter has", actual=dtype))
     try:
         version = importlib.metadata.version("miss-torch")
     except importlib.metadata.PackageNotFoundError:  # imported from a folder
@@ -177,6 +189,8 @@ def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str,
     if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Mapping) for pair in pairs):
         raise CheckpointError(explain("combine", "needs (state, weight) pairs, at least one", actual=f"{pairs!r:.80}"))
     first = pairs[0][0]
+    if not first or any(isinstance(d, Tensor) and d.dtype not in ADAPTER_DTYPES for d in first.values()):
+        raise CheckpointError(explain("combine", "a state must hold adapters, of a floating dtype"))
     for position, (state, weight) in enumerate(pairs):
         where = f"combine, adapter {position}"
         if not is_real(weight):

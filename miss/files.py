@@ -43,13 +43,21 @@ def check_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(explain(where, f"{name} is not a tensor", actual=type(tensor).__name__))
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        if (
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.is_meta
+            or tensor.is_quantized
+        ):
             kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
             raise CheckpointError(explain(where, f"{name} is not an ordinary tensor with data", actual=kind))
         if not tensor.numel():
             raise CheckpointError(explain(where, f"{name} has no elements", actual=f"shape {tuple(tensor.shape)}"))
-        wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))  # 8-bit floats have no isfinite
-        if not torch.isfinite(wide).all():
+        try:  # 8-bit floats have no isfinite
+            finite = torch.isfinite(tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()).all()
+        except (RuntimeError, NotImplementedError) as error:
+            raise CheckpointError(explain(where, f"{name} has a dtype that cannot be checked", actual=tensor.dtype)) from error
+        if not finite:
             raise CheckpointError(explain(where, f"{name} has elements that are not finite"))
 
 
@@ -77,7 +85,10 @@ def write_bytes(path: str, content: bytes) -> None:
 
     A process that is killed on the way leaves the old file, and perhaps a hidden ``.tmp`` file beside it.
     """
-    target = os.path.realpath(path)
+    try:
+        target = os.path.realpath(path)
+    except (OSError, ValueError) as error:  # the working directory is gone; a null byte
+        raise CheckpointError(explain(path, f"cannot be written: {error}")) from error
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".miss-{os.urandom(8).hex()}.tmp")
     try:
@@ -121,7 +132,11 @@ def read(path: str) -> Content:
         rule = f"was written by a newer version of this package ({about.get('version', 'unknown')})"
         actual, do = f"format {about['format']}", "install a newer version, or save again with this one"
         raise CheckpointError(explain(path, rule, expected=f"format {FORMAT} or lower", actual=actual, do=do))
-    return Content(tensors, about, about.pop("sha256", None) == _digest(tensors, about))
+    sha256 = about.pop("sha256", None)
+    try:
+        return Content(tensors, about, sha256 == _digest(tensors, about))
+    except RecursionError as error:
+        raise CheckpointError(explain(path, f"its metadata {KEY!r} is nested too deeply")) from error
 
 
 def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
@@ -173,7 +188,9 @@ def _read_pt(path: str) -> tuple[Any, dict[str, Tensor]]:
     tensors = content["tensors"]
     if not all(isinstance(name, str) and type(tensor) is Tensor for name, tensor in tensors.items()):
         raise ValueError("it does not hold tensors by name")
-    if not all(t.layout == torch.strided and t.device.type == "cpu" and t.is_contiguous() for t in tensors.values()):
+    if not all(
+        not t.is_nested and t.layout == torch.strided and t.device.type == "cpu" and t.is_contiguous() for t in tensors.values()
+    ):
         raise ValueError("it holds tensors that are not dense")
     return content.get(KEY), tensors
 

@@ -14,7 +14,8 @@ from miss.inject import Adapter, adopt_all_, linear_layers
 from miss.linear import METHODS, AdaptedLinear
 from miss.targets import instances, walk
 
-__all__ = ["LayerRecord", "apply_", "check_fit", "check_keys", "copy_", "key_of", "named_tensors", "record_of", "unmerged"]
+__all__ = ["LayerRecord", "apply_", "check_fit", "check_keys", "copy_", "key_of", "named_tensors", "own_adapters"]
+__all__ += ["record_of", "unmerged"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,9 +83,19 @@ def record_of(layer: AdaptedLinear) -> LayerRecord:
     return LayerRecord(method, layer.rank, layer.scale, layer.dropout, (layer.out_features, layer.in_features), rows)
 
 
-def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """`adapted_modules`, or a `StateError` where one is merged."""
+def own_adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """`adapted_modules`, or a `StateError` where a ``miss_D`` is computed from something else."""
     adapted = adapted_modules(model)
+    for name, layer in adapted.items():
+        if "miss_D" not in layer._parameters:
+            rule = "its miss_D is no parameter of its own any more (pruned, parametrized?)"
+            raise StateError(explain(name or type(layer).__name__, rule, do="remove what replaced it"))
+    return adapted
+
+
+def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """`own_adapters`, or a `StateError` where one is merged."""
+    adapted = own_adapters(model)
     for name, layer in adapted.items():
         if layer.merged:
             where, rule = name or type(layer).__name__, "is merged: an adapter that is loaded now would not be what it computes"
@@ -125,8 +136,13 @@ def copy_(where: str, tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]
     for key in tensors:
         if (reason := unwritable(slots[key])) is not None:
             raise StateError(explain(where, f"{key} of the model {reason}, so that nothing can be loaded into it"))
+    first: dict[tuple[torch.device, int], str] = {}
+    for key in tensors:
+        other = first.setdefault((slots[key].device, slots[key].data_ptr()), key)
+        if other != key and not torch.equal(tensors[other].detach().cpu(), tensors[key].detach().cpu()):
+            raise CheckpointError(explain(where, f"{key} and {other} are one tensor in the model, and two that differ here"))
     with torch.inference_mode(False), torch.no_grad():
-        staged = {key: tensor.to(slots[key].device) for key, tensor in tensors.items()}
+        staged = {key: tensor.to(slots[key].device, copy=True) for key, tensor in tensors.items()}  # a slot may be a source too
         for key, tensor in staged.items():
             slots[key].copy_(tensor)
 

@@ -156,7 +156,7 @@ def eject(model: Model, *, merge: bool = False) -> Model:
     if merge:
         check_mergeable(model, adapted)
     else:
-        check_restorable(adapted)
+        check_restorable(model, adapted)
     for layer in adapted.values():
         if merge and not layer.merged:
             bake_(layer)

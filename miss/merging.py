@@ -75,7 +75,7 @@ def unmerge(model: nn.Module) -> None:
     ({'0': 0.0}, None, False)
     """
     layers = instances(model, AdaptedLinear)
-    check_restorable(layers)
+    check_restorable(model, layers)
     for layer in layers.values():
         if layer.merged:
             restore_(layer)
@@ -90,14 +90,20 @@ def check_mergeable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> No
             raise StateError(explain(name or type(layer).__name__, f"cannot be merged: {reason}"))
 
 
-def check_restorable(layers: Mapping[str, AdaptedLinear]) -> None:
-    """Raise a `StateError` where the weight of a merged layer is not the one that was merged."""
+def check_restorable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise a `StateError` where the base weight of a merged layer cannot be copied back into the one that was merged."""
+    owners = _owners(model)
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
         if layer.merged and (weight is None or (weight.shape, weight.dtype) != (layer.miss_base.shape, layer.miss_base.dtype)):
             rule, base = "its weight has been replaced since it was merged", layer.miss_base
             actual = "no parameter of its own" if weight is None else f"{tuple(weight.shape)} of {weight.dtype}"
             raise StateError(explain(name or "the model", rule, expected=f"{tuple(base.shape)} of {base.dtype}", actual=actual))
+        if layer.merged and weight is not None and not weight.is_meta:
+            if reason := unwritable(weight):
+                raise StateError(explain(name or "the model", f"cannot be unmerged: its weight {reason}"))
+            if reason := _tied(name, weight, owners):
+                raise StateError(explain(name or "the model", f"cannot be unmerged: {reason}"))
 
 
 def bake_(layer: AdaptedLinear) -> None:
@@ -114,7 +120,10 @@ def restore_(layer: AdaptedLinear) -> None:
 
 
 def refuse_loading(module: nn.Module, *args: Any) -> None:
-    """A hook on each module that is or holds a merged layer, which stops `load_state_dict` before anything is loaded."""
+    """A hook on each module that is or holds a merged layer, which stops `load_state_dict` before anything is loaded into it.
+
+    A model of which only a part was given to `merge` is stopped at that part, after what comes before it.
+    """
     if _holds_merged(module):
         rule = "is merged: a weight that is loaded now would be lost when it is unmerged"
         raise StateError(explain(type(module).__name__, rule, do="miss.unmerge(model) first"))
@@ -165,8 +174,8 @@ def _rounding_error(layer: AdaptedLinear) -> Tensor:
 def _unfit(layer: AdaptedLinear) -> str | None:
     """Why the weight cannot take the delta."""
     weight, d = layer._parameters.get("weight"), layer.miss_D
-    if weight is None:
-        return "its weight is no parameter of its own any more (parametrized?)"
+    if weight is None or "miss_D" not in layer._parameters:
+        return f"its {'weight' if weight is None else 'miss_D'} is no parameter of its own any more (parametrized?)"
     for name, tensor in (("weight", weight), ("miss_D", d)):
         if tensor.dtype not in ADAPTER_DTYPES:
             return f"its {name} is quantised ({tensor.dtype})"

@@ -8,6 +8,7 @@ import sys
 import pytest
 import safetensors
 import torch
+import torch.nn.utils.prune
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -354,3 +355,46 @@ def test_a_file_of_another_tool_is_named_as_such(tmp_path: pathlib.Path):
     for name in ("a.safetensors", "a.pt"):
         with pytest.raises(CheckpointError, match=r"it was not written by miss\.save"):
             load(Decoder(), tmp_path / name)
+
+
+def test_a_state_of_the_adapters_themselves_swaps_them():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    perturb(inject(model, ["0", "1"], rank=2))
+    first, second = (layer.miss_D.detach().clone() for layer in model)
+    load_adapter_state_dict(model, {"0.miss_D": model[1].miss_D, "1.miss_D": model[0].miss_D})
+    assert torch.equal(model[0].miss_D, second)
+    assert torch.equal(model[1].miss_D, first)
+
+
+def test_two_tensors_do_not_go_into_one(tmp_path: pathlib.Path):
+    model = inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), "0", rank=2)
+    save(model, tmp_path / "a.pt", extra=["1", "2"])
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[2].weight = tied[1].weight
+    before = snapshot(tied)
+    with pytest.raises(CheckpointError, match=r"2\.weight and 1\.weight are one tensor|1\.weight and 2\.weight are one tensor"):
+        load(tied, tmp_path / "a.pt")
+    assert snapshot(tied) == before
+
+
+def test_a_pruned_adapter_is_not_taken_for_one(tmp_path: pathlib.Path):
+    model = inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"], rank=2)
+    state = adapter_state_dict(model)
+    torch.nn.utils.prune.identity(model[1], "miss_D")
+    for call in (
+        lambda: load_adapter_state_dict(model, state),
+        lambda: adapter_state_dict(model),
+        lambda: save(model, tmp_path / "a.pt"),
+        lambda: merge(model),
+    ):
+        with pytest.raises(StateError, match="1: .*its miss_D is no parameter of its own any more"):
+            call()
+
+
+def test_8_bit_floats_can_be_extra(tmp_path: pathlib.Path):
+    model = inject(nn.Sequential(nn.Linear(4, 4), nn.Module()), "0", rank=2)
+    model[1].register_buffer("small", torch.ones(4).to(torch.float8_e4m3fn))
+    save(model, tmp_path / "a.pt", extra="1")
+    assert load(model, tmp_path / "a.pt")[1].small.dtype == torch.float8_e4m3fn
+    with pytest.raises(CheckpointError, match="of a floating dtype"):
+        combine([({"a": torch.tensor([1])}, 0.5)])
