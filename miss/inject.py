@@ -133,8 +133,8 @@ def eject(model: Model, *, merge: bool = False) -> Model:
 
     Args:
         model: a model, or a part of one.
-        merge: leave each delta in its weight, as `merge` does, but keep no copy of the base weight. Otherwise the weights are
-            the base's again, also where the model is merged.
+        merge: leave each delta in its weight, as `merge` does, but keep no copy of the base weight, so that running out of
+            memory on the way leaves some layers done. Otherwise the weights are the base's again, also where the model is merged.
 
     Returns:
         ``model`` itself.

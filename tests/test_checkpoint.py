@@ -387,7 +387,7 @@ def test_a_pruned_adapter_is_not_taken_for_one(tmp_path: pathlib.Path):
         lambda: save(model, tmp_path / "a.pt"),
         lambda: merge(model),
     ):
-        with pytest.raises(StateError, match="1: .*its miss_D is no parameter of its own any more"):
+        with pytest.raises(StateError, match=r"1: .*its miss_D is no parameter of its own any more"):
             call()
 
 

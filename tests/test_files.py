@@ -197,6 +197,7 @@ def test_pickles_are_not_run(tmp_path: pathlib.Path, model: nn.Module, suffix: s
         {"miss": '{"format": 1}', "tensors": {"a": torch.ones(1).expand(1 << 40)}},
         {"miss": "{}", "tensors": {"a": torch.ones(1, device="meta")}},
         {"miss": "{}", "tensors": {"a": torch.eye(2).to_sparse()}},
+        {"miss": '{"format": 1}', "tensors": {"a": torch.nested.nested_tensor([torch.ones(2)])}},
     ],
     ids=lambda content: str(content)[:40],
 )
