@@ -294,7 +294,14 @@ UP = "base_model.model.body.up.miss_block"
         (edit(lambda c, t: c.update(init_weights="mini", mini_r=2)), r"miss_block does not fit r, mini_r"),
         (edit(lambda c, t: c.update(miss_dropout=2)), "dropout must be a probability"),
         (edit(lambda c, t: c.update(target_modules="(")), "configuration of targets is damaged"),
-        (edit(lambda c, t: c.update(target_modules=3)), "configuration of targets is damaged"),
+        (edit(lambda c, t: c.update(target_modules=3)), "target_modules must be"),
+        (edit(lambda c, t: c.update(target_modules=None)), "target_modules must be"),
+        (edit(lambda c, t: c.update(target_modules=[0])), "target_modules must be"),
+        (edit(lambda c, t: c.update(target_modules="a{99999999999}")), "configuration of targets is damaged"),
+        (edit(lambda c, t: c.update(layers_to_transform="x")), "layers_to_transform must be"),
+        (edit(lambda c, t: t.update({UP: torch.ones(4, 6, dtype=torch.int32)})), "body.up.miss_block has a dtype"),
+        (edit(lambda c, t: t.update({UP: torch.ones(4, 6, dtype=torch.complex64)})), "body.up.miss_block has a dtype"),
+        (edit(lambda c, t: t.update({UP.replace("block", "D"): torch.ones(6, 4)})), "the key body.up.miss_D is unexpected"),
         (edit(lambda c, t: c.update(target_modules=["up", "down", "other"])), r"1 missing: body\.other\.miss_block"),
         (edit(lambda c, t: c.update(modules_to_save=["tail"])), "modules_to_save: the model has no module 'tail'"),
         (edit(lambda c, t: c.update(modules_to_save=["head", "other"])), r"2 missing: body\.other\.weight"),
@@ -389,6 +396,72 @@ def test_lora_factors_are_the_delta_exactly(tmp_path: pathlib.Path, method: str,
         a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         assert torch.equal(config["lora_alpha"] / config["r"] * (b @ a), layer.delta_weight())
         assert {*(b if isinstance(layer, MiSSLinear) else a).unique().tolist()} == {0.0, 1.0}
+
+
+class Aliased(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_a_layer_of_two_names_is_refused_since_peft_adapts_one(tmp_path: pathlib.Path):
+    base = Aliased()
+    with pytest.raises(CheckpointError, match=r"a\.miss_block: the model holds this layer under two names"):
+        peft_and_ours(tmp_path, base, peft.MissConfig(r=2, target_modules=["a"]))
+    model = inject(base, "a", rank=2)
+    for write in (interop.peft.save, interop.lora.save):
+        with pytest.raises(StateError, match="a: is held under two names"):
+            write(model, tmp_path)
+
+
+@pytest.mark.parametrize("write", [interop.peft.save, interop.lora.save])
+def test_a_name_that_is_the_end_of_another(tmp_path: pathlib.Path, write):
+    for inner in (nn.Linear(4, 4), nn.ReLU()):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Sequential(inner, nn.Linear(4, 4)))
+        model = inject(copy.deepcopy(base), lambda name, module: name == "0", rank=2)
+        perturb(model)
+        write(model, tmp_path)
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), model(x))
+        if write is interop.peft.save:
+            assert torch.equal(interop.peft.load(copy.deepcopy(base), tmp_path)(x), model(x))
+
+
+class Experts(nn.Module):
+    """Numbered layers that hold numbered experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2)]) for _ in range(3)])
+        self.inner = nn.ModuleDict({"layers": self.layers})
+        del self.layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for experts in self.inner["layers"]:
+            x = sum(expert["up"](x) for expert in experts)
+        return x
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", "(?:layers|blocks)", "(layers|blocks)"])
+@pytest.mark.parametrize("layers", [1, [1], [0, 2], []])
+def test_layers_to_transform_count_layers_not_experts(tmp_path: pathlib.Path, layers: object, pattern: str | None):
+    options = {} if pattern is None else {"layers_pattern": pattern}
+    config = peft.MissConfig(r=2, target_modules=["up"], layers_to_transform=layers, **options)
+    base, x = Experts().double(), torch.randn(3, 4, dtype=torch.float64)
+    theirs, ours = peft_and_ours(tmp_path, base, config)
+    torch.testing.assert_close(ours(x), theirs(x))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    del tensors[first]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="1 missing"):
+        interop.peft.load(copy.deepcopy(base), tmp_path)
 
 
 def test_targets_are_leaf_names_where_these_say_enough():

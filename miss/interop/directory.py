@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,9 +14,9 @@ from miss import files
 from miss.adapter import adapted_modules
 from miss.errors import CheckpointError, StateError, explain
 from miss.linear import AdaptedLinear
-from miss.targets import instances, unwrapped
+from miss.targets import instances, unwrapped, walk
 
-__all__ = ["PREFIX", "adapted", "base_config", "read", "write"]
+__all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "write"]
 
 PREFIX = "base_model.model."  # of every key
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,21 +29,36 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
         raise StateError(explain("save", "the model has no adapter", do="inject first"))
     if "" in layers:
         raise StateError(explain("save", "a lone layer has no module path, and PEFT needs one", do="wrap it in a module"))
+    if (name := aliased(model, layers)) is not None:
+        raise StateError(explain(name, "is held under two names, of which PEFT would adapt the first alone"))
     return layers
 
 
+def aliased(model: nn.Module, names: Iterable[str]) -> str | None:
+    """The first of the layers ``names`` that the modules of the model hold in more than one place; None if there is none."""
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    modules = dict(walk(model))
+    return next((name for name in names if places[id(modules.get(name))] > 1), None)
+
+
 def base_config(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """What every configuration says of the layers ``names``, told by last components where just those match."""
+    """What every configuration says of the layers ``names``: their last components, or whole names, or a regular expression.
+
+    PEFT takes a name for the end of others too, so that the shortest form is chosen that matches just these layers.
+    """
     wanted = set(names)
-    leaves = {name.rpartition(".")[2] for name in wanted}
-    matched = {name for name in instances(model, nn.Module) if name.rpartition(".")[2] in leaves}
+    targets: list[str] | str = "|".join(map(re.escape, sorted(wanted)))
+    for choice in ({name.rpartition(".")[2] for name in wanted}, wanted):
+        if {name for name in instances(model, nn.Module) if any(f".{name}".endswith(f".{c}") for c in choice)} == wanted:
+            targets = sorted(choice)
+            break
     base = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
     return {
         "base_model_name_or_path": base if isinstance(base, str) else None,
         "bias": "none",
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": sorted(leaves if matched == wanted else wanted),
+        "target_modules": targets,
         "task_type": None,
     }
 

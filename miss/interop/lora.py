@@ -19,14 +19,15 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     MiSSe becomes ``B = D`` and ``A[j, c] = 1 if c mod r == j else 0``, MiSS ``A = D`` and ``B[o, k] = 1`` where output ``o`` lies
     in shard ``k``: no decomposition, no loss. vLLM wants one rank for all modules: where ranks differ, the factors are padded
     with zeros to the largest. ``lora_alpha`` is ``scale * r``; where scales differ it is ``r``, and D is multiplied by its
-    scale in fp32 and rounded once.
+    scale in fp32 and rounded once. What was trained beside the adapters is not written.
 
     Args:
         model: an adapted model; not changed.
         directory: made where it is missing; the two files in it are replaced.
 
     Raises:
-        StateError: the model has no adapter, or is itself an adapted layer, for which there is no module path.
+        StateError: the model has no adapter, or is itself an adapted layer, for which there is no module path, or an
+            adapted layer has two names, of which PEFT would adapt one.
         CheckpointError: a ``miss_D`` is not finite, or the files cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
     """

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from miss.adaptable import is_real
+from miss.adaptable import ADAPTER_DTYPES, is_real
 from miss.errors import CheckpointError, StateError, explain
 from miss.fitting import LayerRecord, apply_, check_keys, key_of, named_tensors, unmerged
 from miss.interop import directory as directories
@@ -27,6 +27,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     PEFT's default form is MiSSe at scale 1 and one rank: ``miss_block`` is D transposed, ``(r, out)``, or ``(r, mini_r)`` in the
     mini form, for a D of fewer rows. There is no scale: where a layer's is not 1, D is multiplied by it in fp32 and rounded.
+    What was trained beside the adapters is not written: `miss.save` has ``extra`` for that.
 
     Args:
         model: an adapted model; not changed.
@@ -95,6 +96,8 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     expected = [f"{name}{suffix}" for name in _targets(where, model, config) if name not in blocks]
     expected += _saved_keys(where, model, config)
     check_keys(where, [key for key in expected if key not in tensors], [])
+    if (name := directories.aliased(model, blocks)) is not None:
+        raise CheckpointError(explain(where, f"{name}{suffix}: the model holds this layer under two names; PEFT adapts one"))
     layers: dict[str, LayerRecord] = {}
     state = _others(where, model, {key: tensor for key, tensor in tensors.items() if not key.endswith(suffix)})
     for name, block in blocks.items():
@@ -107,6 +110,10 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
         if tuple(block.shape) != expected_shape or rank > module.in_features or module.out_features % expected_shape[1]:
             rule = f"{name}{suffix} does not fit r, mini_r and the module, a Linear{record.shape[::-1]}"
             raise CheckpointError(explain(where, rule, expected=expected_shape, actual=tuple(block.shape)))
+        if block.dtype not in ADAPTER_DTYPES:
+            raise CheckpointError(explain(where, f"{name}{suffix} has a dtype that no adapter has", actual=block.dtype))
+        if key_of(name) in state:
+            raise CheckpointError(explain(where, f"the key {key_of(name)} is unexpected"))
         layers[name] = record if rows != module.out_features else record._replace(rows=None)
         state[key_of(name)] = rearrange(block, "r o -> o r")
     return apply_(model, where, layers, state)
@@ -129,6 +136,12 @@ def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, int | None, fl
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise CheckpointError(explain(where, "modules_to_save must be a list of names", actual=repr(saved)))
+    targets = config.get("target_modules")
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+        raise CheckpointError(explain(where, "target_modules must be a string or a list of names", actual=repr(targets)))
+    layers = config.get("layers_to_transform")
+    if layers is not None and not all(type(index) is int for index in (layers if isinstance(layers, list) else [layers])):
+        raise CheckpointError(explain(where, "layers_to_transform must be an int or a list of ints", actual=repr(layers)))
     rank, dropout = config.get("r", 64), config.get(f"{kind.lower()}_dropout", 0.0)
     rows = config.get("mini_r", 1) if form == "mini" else None
     for field, number in (("r", rank), ("mini_r", rows)):
@@ -140,26 +153,25 @@ def _parse(where: str, config: dict[str, Any]) -> tuple[str, int, int | None, fl
 
 
 def _targets(where: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
-    """The linear layers that PEFT adapted: by name or its last components, or a regular expression over the whole name."""
-    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or [r"[^.]+"]
-    indices = [layers] if isinstance(layers, int) else layers
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-
-    def transformed(name: str) -> bool:
-        found = next((match for p in patterns if (match := re.match(rf".*\.{p}\.(\d+)\.", name))), None)
-        return indices is None or (found is not None and int(found[1]) in indices)
-
+    """The linear layers that PEFT adapted, by the rules of its configuration."""
     try:
-        return [
-            name
-            for name in instances(model, nn.Linear)
-            if _matches(name, config.get("target_modules"))
-            and not _matches(name, config.get("exclude_modules"))
-            and not any(_matches(part, config.get("modules_to_save")) for part in _parts(name))
-            and transformed(name)
-        ]
-    except (re.error, TypeError) as error:
+        return [name for name in instances(model, nn.Linear) if _is_target(name, config)]
+    except (re.error, IndexError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(explain(where, f"the configuration of targets is damaged: {error}")) from error
+
+
+def _is_target(name: str, config: dict[str, Any]) -> bool:
+    """A regular expression matches the whole name; a listed name matches itself, or, in the layers to transform, the end."""
+    targets, layers, patterns = config["target_modules"], config.get("layers_to_transform"), config.get("layers_pattern")
+    saved = any(_matches(part, config.get("modules_to_save")) for part in _parts(name))
+    if saved or _matches(name, config.get("exclude_modules")) or not _matches(name, targets):
+        return False
+    if isinstance(targets, str) or name in targets or layers is None or layers == []:
+        return True
+    # The first number counts: that of the layer, not of an expert inside.
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [r"[^.]+"]
+    found = next((match for p in patterns if (match := re.match(rf"(?:.*?\.)??(?:{p})\.(?P<index>\d+)\.", name))), None)
+    return found is not None and int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _saved_keys(where: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
