@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from miss.errors import StateError, explain
 from miss.inject import SKIPPED
-from miss.linear import METHODS, AdaptedLinear
+from miss.linear import AdaptedLinear, method_of
 from miss.targets import instances, walk
 
 __all__ = ["LayerSummary", "Summary", "adapted_modules", "adapter_parameters", "disabled", "summary", "verify"]
@@ -196,9 +196,8 @@ def _is_lazy(tensor: Tensor) -> bool:
 
 
 def _layer_summary(name: str, layer: AdaptedLinear) -> LayerSummary:
-    method = next(key for key, form in METHODS.items() if isinstance(layer, form))
     trainable = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-    return LayerSummary(name, (layer.out_features, layer.in_features), method, layer.rank, trainable)
+    return LayerSummary(name, (layer.out_features, layer.in_features), method_of(layer), layer.rank, trainable)
 
 
 @contextmanager

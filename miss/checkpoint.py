@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from miss import files
-from miss.adaptable import ADAPTER_DTYPES, is_real
+from miss.adaptable import ADAPTER_DTYPES, check_settings, is_real
 from miss.errors import CheckpointError, StateError, explain
 from miss.fitting import (
     LayerRecord,
@@ -25,7 +25,7 @@ from miss.fitting import (
     unmerged,
 )
 from miss.linear import METHODS
-from miss.targets import Targets, instances, resolve
+from miss.targets import Targets, instances, joined, resolve
 
 __all__ = ["IncompatibleKeys", "adapter_state_dict", "combine", "load", "load_adapter_state_dict", "save"]
 
@@ -98,7 +98,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
         StateError: the model has no adapter.
         TargetError: an ``extra`` matches nothing.
         CheckpointError: the suffix is another one; a tensor is not finite, without elements, or no dense tensor; an ``extra``
-            holds state that is no tensor; the file cannot be written. What was at ``path`` is still there.
+            holds state that is no parameter or buffer; the file cannot be written. What was at ``path`` is still there.
+        ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
 
     >>> import tempfile
     >>> from miss import inject
@@ -117,7 +118,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
         if id(module) in wanted:
             own = named_tensors(name, module)
             state: dict[str, Any] = {}
-            module._save_to_state_dict(state, f"{name}." if name else "", False)
+            module._save_to_state_dict(state, joined(name, ""), False)
             if foreign := sorted(set(state) - set(own) - {key_of(name)}):
                 raise CheckpointError(explain(where, f"extra holds state that is no parameter or buffer: {foreign[0]}"))
             others.update(own)
@@ -125,9 +126,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
     files.check_tensors(where, tensors)
     layers = {name: record_of(layer) for name, layer in adapted.items()}
     for name, record in layers.items():
-        _check_record(name or "the model", record)
-        if (dtype := adapted[name].miss_D.dtype) not in ADAPTER_DTYPES:
-            raise CheckpointError(explain(where, f"{key_of(name)} has a dtype that no adapter has", actual=dtype))
+        _check_record(name or "the model", record, adapted[name].miss_D.dtype)
     try:
         version = importlib.metadata.version("miss-torch")
     except importlib.metadata.PackageNotFoundError:  # imported from a folder
@@ -152,6 +151,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         CheckpointError: the file is missing, damaged, of a newer format, or does not fit the model; the message says in what.
         StateError: the model is merged, or a tensor of it cannot be written.
+        ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
     """
     where = files.check_path(path)
     tensors, about, intact = files.read(where)
@@ -170,7 +170,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 
 
 def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """The weighted sum of adapters, which is exact, since the delta is linear in D: summed in fp64 and rounded once.
+    """The weighted sum of adapters. The delta is linear in D, so that this is the sum of the deltas; in fp64, rounded at the end.
 
     Args:
         adapters: ``(state, weight)`` pairs; the states, as `adapter_state_dict` returns them, have the same keys, shapes and
@@ -219,17 +219,19 @@ def _parse(where: str, about: dict[str, Any]) -> tuple[dict[str, LayerRecord], s
             out_features, in_features = record.shape
         except (TypeError, ValueError) as error:
             raise CheckpointError(explain(where, f"metadata of module {name!r}: not the settings of an adapter")) from error
-        _check_record(f"{where}, metadata of module {name!r}", record)
+        _check_record(f"{where}, metadata of module {name!r}", record, None)
         layers[name] = record._replace(shape=(out_features, in_features))
     return layers, set(extra)
 
 
-def _check_record(where: str, record: LayerRecord) -> None:
-    """A `CheckpointError` unless the settings of a layer are of their types and within their rules."""
-    known = isinstance(record.method, str) and record.method in METHODS
-    known = known and all(type(number) is int for number in (record.rank, *record.shape))
-    known = known and is_real(record.scale) and is_real(record.dropout) and 0 <= record.dropout < 1
-    if known and record.rows is not None:
-        known = record.method == "misse" and type(record.rows) is int and record.rows > 0 and record.shape[0] % record.rows == 0
-    if not known or not 1 <= record.rank <= record.shape[METHODS[record.method].shared_axis]:
+def _check_record(where: str, record: LayerRecord, dtype: torch.dtype | None) -> None:
+    """A `CheckpointError` unless the settings of a layer, and the dtype of its D, are within the rules of the constructor."""
+    try:
+        out_features, in_features = record.shape
+        check_settings(where, scale=record.scale, dropout=record.dropout, adapter_dtype=dtype)
+        METHODS[record.method].check_rank(where, record.rank, in_features, out_features)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(explain(where, "not the settings of an adapter", actual=f"{record}, {dtype}")) from error
+    cycled = record.rows is None or (type(record.rows) is int and record.rows > 0 and out_features % record.rows == 0)
+    if type(out_features) is not int or type(in_features) is not int or not cycled or (record.rows and record.method != "misse"):
         raise CheckpointError(explain(where, "not the settings of an adapter", actual=record))

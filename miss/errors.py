@@ -3,7 +3,7 @@
 Each class also derives from the built-in that a caller would expect, so `except ValueError` and the like keep working.
 """
 
-__all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError"]
+__all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError", "explain", "is_merged"]
 
 
 class MissError(Exception):
@@ -36,3 +36,8 @@ def explain(where: str, rule: str, *, expected: object = None, actual: object = 
     if do:
         lines.append(f"  do:       {do}")
     return "\n".join(lines)
+
+
+def is_merged(where: str, why: str) -> StateError:
+    """The error of what cannot be done while ``where`` is merged."""
+    return StateError(explain(where, f"is merged: {why}", do="miss.unmerge(model) first"))

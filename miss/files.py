@@ -15,7 +15,9 @@ from torch import Tensor
 
 from miss.errors import CheckpointError, explain
 
-__all__ = ["FORMAT", "Content", "check_path", "check_tensors", "read", "read_tensors", "safetensors", "write", "write_bytes"]
+__all__ = ["FORMAT", "Content", "check_path", "check_tensors", "dense", "read", "read_tensors"]
+__all__ += ["safetensors", "safetensors_bytes", "write", "write_bytes"]
+
 
 FORMAT = 1  # of the description; a reader refuses a higher one
 KEY = "miss"  # where the description lies: in the metadata of a .safetensors file, beside the tensors of a .pt file
@@ -73,11 +75,15 @@ def write(path: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         CheckpointError: the file cannot be written; what was there before is still there.
         ImportError: the suffix is ``.safetensors`` and that package is absent.
     """
-    encode = _safetensors_bytes if path.endswith(".safetensors") else _pt_bytes
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    tensors = dense(tensors)
     about = {"format": FORMAT, **about}
     text = json.dumps(about | {"sha256": _digest(tensors, about)}, allow_nan=False)
-    write_bytes(path, encode(path, tensors, text))
+    write_bytes(path, (safetensors_bytes if path.endswith(".safetensors") else _pt_bytes)(path, tensors, {KEY: text}))
+
+
+def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU: a view would be saved with its whole storage, and safetensors refuses shared memory."""
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -161,18 +167,19 @@ def safetensors() -> Any:
     return safetensors
 
 
-def _safetensors_bytes(path: str, tensors: dict[str, Tensor], text: str) -> bytes:
+def safetensors_bytes(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The content of a .safetensors file of `dense` tensors; errors are those of `write`."""
     package = safetensors()
     try:
-        content: bytes = package.torch.save(tensors, {KEY: text})
+        content: bytes = package.torch.save(tensors, metadata)
     except Exception as error:  # a dtype that the format lacks
         raise CheckpointError(explain(path, f"the format cannot hold these tensors: {error}", do="use .pt")) from error
     return content
 
 
-def _pt_bytes(path: str, tensors: dict[str, Tensor], text: str) -> bytes:
+def _pt_bytes(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
-    torch.save({KEY: text, "tensors": tensors}, buffer)
+    torch.save({**metadata, "tensors": tensors}, buffer)
     return buffer.getvalue()
 
 

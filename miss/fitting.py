@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from miss import files
 from miss.adaptable import unwritable
 from miss.adapter import adapted_modules
-from miss.errors import CheckpointError, StateError, explain
+from miss.errors import CheckpointError, StateError, explain, is_merged
 from miss.inject import Adapter, adopt_all_, linear_layers
-from miss.linear import METHODS, AdaptedLinear
-from miss.targets import instances, walk
+from miss.linear import METHODS, AdaptedLinear, method_of
+from miss.targets import instances, joined, walk
 
 __all__ = ["LayerRecord", "apply_", "check_fit", "check_keys", "copy_", "key_of", "named_tensors", "own_adapters"]
 __all__ += ["record_of", "unmerged"]
@@ -36,9 +36,7 @@ class LayerRecord(NamedTuple):
     @property
     def d_shape(self) -> tuple[int, int]:
         """The shape of D."""
-        shape = list(self.shape)
-        shape[METHODS[self.method].shared_axis] = self.rank
-        return self.rows or shape[0], shape[1]
+        return METHODS[self.method].adapter_shape(*self.shape, self.rank, self.rows)
 
 
 def apply_(model: Model, where: str, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> Model:
@@ -49,6 +47,10 @@ def apply_(model: Model, where: str, layers: Mapping[str, LayerRecord], tensors:
         where: the file, for messages.
         layers: by module path, the settings of each layer.
         tensors: by key, the D of each layer, which fit the settings, and other parameters and buffers of the model.
+
+    Raises:
+        CheckpointError: what there is does not fit the model.
+        StateError: the model is merged, or a tensor of it cannot be written.
     """
     adapted = unmerged(model)
     plan: list[Adapter] = []
@@ -73,12 +75,12 @@ def apply_(model: Model, where: str, layers: Mapping[str, LayerRecord], tensors:
 
 def key_of(name: str) -> str:
     """The key of the adapter of the layer ``name``."""
-    return f"{name}.miss_D" if name else "miss_D"
+    return joined(name, "miss_D")
 
 
 def record_of(layer: AdaptedLinear) -> LayerRecord:
     """The settings of an adapted layer."""
-    method = next(key for key, form in METHODS.items() if isinstance(layer, form))
+    method = method_of(layer)
     rows = layer.miss_D.shape[0] if method == "misse" and layer.miss_D.shape[0] != layer.out_features else None
     return LayerRecord(method, layer.rank, layer.scale, layer.dropout, (layer.out_features, layer.in_features), rows)
 
@@ -98,8 +100,7 @@ def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
     adapted = own_adapters(model)
     for name, layer in adapted.items():
         if layer.merged:
-            where, rule = name or type(layer).__name__, "is merged: an adapter that is loaded now would not be what it computes"
-            raise StateError(explain(where, rule, do="miss.unmerge(model) first"))
+            raise is_merged(name or type(layer).__name__, "an adapter that is loaded now would have no effect")
     return adapted
 
 
@@ -111,7 +112,7 @@ def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
         transient.add("miss_D")
         if module.merged:
             own["weight"] = module.miss_base
-    return {f"{name}.{key}" if name else key: t for key, t in own.items() if t is not None and key not in transient}
+    return {joined(name, key): t for key, t in own.items() if t is not None and key not in transient}
 
 
 def check_keys(where: str, missing: list[str], unexpected: list[str], against: str = "the model") -> None:

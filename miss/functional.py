@@ -27,7 +27,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 __all__ = ["block_mean", "block_sum", "cycle_rows", "expand_blocks", "expand_shards", "is_dtensor"]
-__all__ += ["miss_factors", "miss_linear", "misse_factors", "misse_linear"]
+__all__ += ["miss_factors", "miss_linear", "misse_factors", "misse_linear", "scaled"]
 
 # Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
 _CHUNK = 1 << 18
@@ -180,7 +180,7 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
         s, factor = block_mean(x, rank), scale * -(-x.shape[-1] // rank)
     else:
         s, factor = block_sum(x, rank), scale
-    return y + F.linear(s.to(y.dtype), cycle_rows(_scaled(d, factor, y.dtype), y.shape[-1]))
+    return y + F.linear(s.to(y.dtype), cycle_rows(scaled(d, factor, y.dtype), y.shape[-1]))
 
 
 def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
@@ -195,7 +195,7 @@ def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
     Shape:
         ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to every row of shard ``k``.
     """
-    z = F.linear(x, _scaled(d, scale, y.dtype))
+    z = F.linear(x, scaled(d, scale, y.dtype))
     if is_dtensor(y):
         return y + F.linear(z, _zero_one(expand_shards, d.shape[0], y))
     sums = []
@@ -241,7 +241,7 @@ def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> 
     return DTensor.from_local(factor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
-def _scaled(d: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+def scaled(d: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """``factor * d``, multiplied in fp32 or wider and rounded once to ``dtype``."""
     if factor != 1:
         d = d.to(torch.promote_types(d.dtype, torch.float32)) * factor

@@ -10,7 +10,7 @@ from miss import targets as targeting
 from miss.adaptable import check_settings, looks_linear, refusal
 from miss.errors import ShapeError, StateError, TargetError, explain
 from miss.linear import METHODS, OUR_NAMES, AdaptedLinear
-from miss.merging import bake_, check_mergeable, check_restorable, restore_, unguard
+from miss.merging import bake_, check_mergeable, check_restorable, guard, restore_
 from miss.targets import Targets
 
 __all__ = ["SKIPPED", "Adapter", "adopt_all_", "eject", "inject", "linear_layers"]
@@ -141,7 +141,7 @@ def eject(model: Model, *, merge: bool = False) -> Model:
 
     Raises:
         StateError: the class of an adapted layer has been swapped since (`fully_shard` does), or, with ``merge``, a layer
-            cannot be merged; nothing is ejected then.
+            cannot be merged, or, without, one cannot be unmerged; nothing is ejected then.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))
     >>> eject(inject(model, "0", rank=4))[0]
@@ -158,12 +158,10 @@ def eject(model: Model, *, merge: bool = False) -> Model:
     else:
         check_restorable(model, adapted)
     for layer in adapted.values():
-        if merge and not layer.merged:
-            bake_(layer)
-        elif layer.merged and not merge:
-            restore_(layer)
+        if layer.merged != merge:
+            (bake_ if merge else restore_)(layer)
         layer.swap_back_()
-    unguard(model)
+    guard(model)
     for module in model.modules():
         module.__dict__.pop(SKIPPED, None)
         module.__dict__.pop(INJECTED, None)

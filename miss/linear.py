@@ -1,7 +1,7 @@
 """`MiSSeLinear` and `MiSSLinear`: `torch.nn.Linear` with a frozen weight and one trainable matrix, ``miss_D``."""
 
 from numbers import Integral
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from miss import functional
 from miss.adaptable import check_settings, looks_linear, refusal
-from miss.errors import ShapeError, StateError, TargetError, explain
+from miss.errors import ShapeError, StateError, TargetError, explain, is_merged
 
-__all__ = ["METHODS", "OUR_NAMES", "AdaptedLinear", "MiSSLinear", "MiSSeLinear"]
+__all__ = ["METHODS", "OUR_NAMES", "AdaptedLinear", "MiSSLinear", "MiSSeLinear", "method_of"]
 
 Self = TypeVar("Self", bound="AdaptedLinear")
 
@@ -92,11 +92,16 @@ class AdaptedLinear(nn.Linear):
     ) -> nn.Parameter:
         """A zero D for ``linear``, on the device of its weight; MiSSe may have fewer ``rows``. ``linear`` is not changed."""
         default = linear.weight.dtype if linear.weight.dtype in (torch.float64, torch.float32) else torch.float32
+        shape = cls.adapter_shape(linear.out_features, linear.in_features, rank, rows)
         with torch.inference_mode(False):
-            shape = [linear.out_features, linear.in_features]
-            shape[cls.shared_axis] = rank
-            shape[0] = rows or shape[0]
             return nn.Parameter(torch.zeros(shape, device=linear.weight.device, dtype=adapter_dtype or default))
+
+    @classmethod
+    def adapter_shape(cls, out_features: int, in_features: int, rank: int, rows: int | None = None) -> tuple[int, int]:
+        """The shape of D."""
+        shape = [out_features, in_features]
+        shape[cls.shared_axis] = rank
+        return rows or shape[0], shape[1]
 
     @classmethod
     def swap_(cls: type[Self], linear: nn.Linear, d: nn.Parameter, scale: float, dropout: float) -> Self:
@@ -162,7 +167,7 @@ class AdaptedLinear(nn.Linear):
             return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()], layout=input.layout)
         if self.merged:
             if self.training and torch.is_grad_enabled():
-                self._refuse_merged("a training forward would give miss_D no gradient")
+                raise is_merged(type(self).__name__, "a training forward would give miss_D no gradient")
             return F.linear(input, self.miss_base if self._disabled else self.weight, self.bias)
         y = super().forward(input)
         if self._disabled:
@@ -173,7 +178,7 @@ class AdaptedLinear(nn.Linear):
     def reset_adapter(self) -> None:
         """Set ``miss_D`` to zero, in place: the layer computes what its base does. A `StateError` while merged."""
         if self.merged:
-            self._refuse_merged("a reset would leave the delta in the weight")
+            raise is_merged(type(self).__name__, "a reset would leave the delta in the weight")
         with torch.no_grad():
             self.miss_D.zero_()
 
@@ -210,9 +215,6 @@ class AdaptedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[f"{prefix}weight"] = self.miss_base
-
-    def _refuse_merged(self, why: str) -> NoReturn:
-        raise StateError(explain(type(self).__name__, f"is merged: {why}", do="miss.unmerge(model) first"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made inside `disabled` are outside of it."""
@@ -282,6 +284,11 @@ class MiSSLinear(AdaptedLinear):
 
 
 METHODS: dict[str, type[AdaptedLinear]] = {"misse": MiSSeLinear, "miss": MiSSLinear}
+
+
+def method_of(layer: AdaptedLinear) -> str:
+    """The name of a layer's form, as `inject` takes it."""
+    return next(method for method, form in METHODS.items() if isinstance(layer, form))
 
 
 # The names that a module must not have as attributes of its own, since ours would hide them or be hidden.

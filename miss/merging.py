@@ -1,25 +1,26 @@
 """`merge` puts the deltas into the weights, `unmerge` takes them out, bit for bit."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from miss.adaptable import ADAPTER_DTYPES, unwritable
-from miss.errors import StateError, explain
+from miss.errors import StateError, explain, is_merged
 from miss.linear import AdaptedLinear
-from miss.targets import instances
+from miss.targets import instances, joined
 
-__all__ = ["bake_", "check_mergeable", "check_restorable", "merge", "refuse_loading", "restore_", "unguard", "unmerge"]
+__all__ = ["bake_", "check_mergeable", "check_restorable", "guard", "merge", "refuse_loading", "restore_", "unmerge"]
 
 
 def merge(model: nn.Module) -> dict[str, float]:
     """Add each adapter's delta to its weight, in place: ``W = W0 + delta_weight()``, after which `forward` is a plain linear.
 
     The sum is made in fp32 or wider and rounded once to the weight's dtype. Each layer keeps a copy of its base weight, so a
-    merged model takes twice the memory of its adapted weights (and of one layer's weight in fp32, four times over, while
-    merging); ``eject(model, merge=True)`` keeps none. While merged, `state_dict` holds the base weight; loading into the
+    merged model takes twice the memory of its adapted weights (and for the time of merging a few copies of one layer's weight
+    in fp32); ``eject(model, merge=True)`` keeps none. While merged, `state_dict` holds the base weight; loading into the
     model, resetting an adapter, and a forward in training mode with gradients are a `StateError`. Layers that are merged
     already stay as they are.
 
@@ -54,9 +55,7 @@ def merge(model: nn.Module) -> dict[str, float]:
         for layer in done:
             restore_(layer)
         raise
-    for module in model.modules():
-        if _holds_merged(module) and not list(_guards(module)):
-            module.register_load_state_dict_pre_hook(refuse_loading)  # type: ignore[no-untyped-call]  # torch gives it no types
+    guard(model)
     return {name: float(error) for name, error in errors.items()}
 
 
@@ -67,7 +66,8 @@ def unmerge(model: nn.Module) -> None:
         model: a model, or a part of one.
 
     Raises:
-        StateError: the weight of a merged layer has been replaced by one of another shape or dtype; nothing is changed then.
+        StateError: the weight of a merged layer has since been parametrized, pruned, tied, or replaced by one of another shape
+            or dtype. In that case nothing is changed.
 
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
@@ -79,7 +79,7 @@ def unmerge(model: nn.Module) -> None:
     for layer in layers.values():
         if layer.merged:
             restore_(layer)
-    unguard(model)
+    guard(model)
 
 
 def check_mergeable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -94,16 +94,8 @@ def check_restorable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> N
     """Raise a `StateError` where the base weight of a merged layer cannot be copied back into the one that was merged."""
     owners = _owners(model)
     for name, layer in layers.items():
-        weight = layer._parameters.get("weight")
-        if layer.merged and (weight is None or (weight.shape, weight.dtype) != (layer.miss_base.shape, layer.miss_base.dtype)):
-            rule, base = "its weight has been replaced since it was merged", layer.miss_base
-            actual = "no parameter of its own" if weight is None else f"{tuple(weight.shape)} of {weight.dtype}"
-            raise StateError(explain(name or "the model", rule, expected=f"{tuple(base.shape)} of {base.dtype}", actual=actual))
-        if layer.merged and weight is not None and not weight.is_meta:
-            if reason := unwritable(weight):
-                raise StateError(explain(name or "the model", f"cannot be unmerged: its weight {reason}"))
-            if reason := _tied(name, weight, owners):
-                raise StateError(explain(name or "the model", f"cannot be unmerged: {reason}"))
+        if layer.merged and (reason := _unrestorable(layer) or _tied(name, layer.weight, owners)):
+            raise StateError(explain(name or type(layer).__name__, f"cannot be unmerged: {reason}"))
 
 
 def bake_(layer: AdaptedLinear) -> None:
@@ -125,20 +117,19 @@ def refuse_loading(module: nn.Module, *args: Any) -> None:
     A model of which only a part was given to `merge` is stopped at that part, after what comes before it.
     """
     if _holds_merged(module):
-        rule = "is merged: a weight that is loaded now would be lost when it is unmerged"
-        raise StateError(explain(type(module).__name__, rule, do="miss.unmerge(model) first"))
+        raise is_merged(type(module).__name__, "a weight that is loaded now would be lost when it is unmerged")
 
 
-def unguard(model: nn.Module) -> None:
-    """Take the hooks of `merge` off the modules that hold no merged layer any more."""
+def guard(model: nn.Module) -> None:
+    """Place `refuse_loading` on each module that is or holds a merged layer, and take it off the others."""
     for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        ours = [key for key, wrapped in hooks.items() if getattr(wrapped, "hook", None) is refuse_loading]
         if not _holds_merged(module):
-            for key in list(_guards(module)):
-                del module._load_state_dict_pre_hooks[key]
-
-
-def _guards(module: nn.Module) -> Iterator[int]:
-    return (key for key, wrapped in module._load_state_dict_pre_hooks.items() if getattr(wrapped, "hook", None) is refuse_loading)
+            for key in ours:
+                del hooks[key]
+        elif not ours:
+            module.register_load_state_dict_pre_hook(refuse_loading)  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 def _holds_merged(module: nn.Module) -> bool:
@@ -171,11 +162,22 @@ def _rounding_error(layer: AdaptedLinear) -> Tensor:
     return error
 
 
+def _unrestorable(layer: AdaptedLinear) -> str | None:
+    """Why the base weight cannot be copied back."""
+    weight, base = layer._parameters.get("weight"), layer.miss_base
+    if weight is None:
+        return "its weight is no parameter of its own any more (parametrized, pruned?)"
+    if (weight.shape, weight.dtype) != (base.shape, base.dtype):
+        return f"its weight has been replaced: {tuple(base.shape)} of {base.dtype} by {tuple(weight.shape)} of {weight.dtype}"
+    reason = None if base.is_meta and weight.is_meta else unwritable(weight)
+    return reason and f"its weight {reason}"
+
+
 def _unfit(layer: AdaptedLinear) -> str | None:
     """Why the weight cannot take the delta."""
     weight, d = layer._parameters.get("weight"), layer.miss_D
     if weight is None or "miss_D" not in layer._parameters:
-        return f"its {'weight' if weight is None else 'miss_D'} is no parameter of its own any more (parametrized?)"
+        return f"its {'weight' if weight is None else 'miss_D'} is no parameter of its own any more (parametrized, pruned?)"
     for name, tensor in (("weight", weight), ("miss_D", d)):
         if tensor.dtype not in ADAPTER_DTYPES:
             return f"its {name} is quantised ({tensor.dtype})"
@@ -189,12 +191,13 @@ def _unfit(layer: AdaptedLinear) -> str | None:
 
 
 def _not_finite(layer: AdaptedLinear) -> str | None:
-    weight, d = layer.weight.detach(), layer.miss_D.detach()
-    if not torch.isfinite(d).all():
-        return "miss_D is not finite"
+    weight = layer.weight.detach()
     if not weight.numel():
         return None
-    bound = _largest(weight) + abs(layer.scale) * _largest(d)  # cheap, and nearly always enough
+    largest = _largest(layer.miss_D.detach())
+    if not math.isfinite(largest):
+        return "miss_D is not finite"
+    bound = _largest(weight) + abs(layer.scale) * largest  # cheap, and nearly always enough
     if not bound <= torch.finfo(weight.dtype).max and not torch.isfinite(_sum(layer)).all():
         return f"the sum of weight and delta is not finite in {weight.dtype}"
     return None
@@ -202,7 +205,7 @@ def _not_finite(layer: AdaptedLinear) -> str | None:
 
 def _largest(tensor: Tensor) -> float:
     low, high = torch.aminmax(tensor)
-    return max(-float(low), float(high)) if low == low else float("nan")
+    return max(-float(low), float(high))  # both are NaN where one element is
 
 
 def _owners(model: nn.Module) -> dict[tuple[torch.device, int], list[tuple[str, Tensor]]]:
@@ -212,14 +215,15 @@ def _owners(model: nn.Module) -> dict[tuple[torch.device, int], list[tuple[str, 
         for key, value in [*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()]:
             if type(value) in (nn.Parameter, Tensor) and value.layout == torch.strided and not value.is_meta:
                 storage = value.device, value.untyped_storage().data_ptr()
-                owners.setdefault(storage, []).append((f"{name}.{key}" if name else key, value))
+                owners.setdefault(storage, []).append((joined(name, key), value))
     return owners
 
 
 def _tied(name: str, weight: Tensor, owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]]) -> str | None:
-    own = f"{name}.weight" if name else "weight"
+    if weight.is_meta:
+        return None
     for owner, other in owners[weight.device, weight.untyped_storage().data_ptr()]:
-        if owner != own and _overlap(weight, other):
+        if owner != joined(name, "weight") and _overlap(weight, other):
             return f"its weight is tied to {owner}, which would change too"
     return None
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from miss.errors import TargetError, explain
 
-__all__ = ["Selection", "Target", "Targets", "instances", "resolve", "select", "unwrapped", "walk"]
+__all__ = ["Selection", "Target", "Targets", "instances", "joined", "resolve", "select", "unwrapped", "walk"]
 
 Target: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Iterable[Target]"
@@ -43,12 +43,17 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def instances(model: nn.Module, kind: type[M]) -> dict[str, M]:
-    """The modules of a type, each once, under its first name in the order of `walk`."""
+    """The modules of a type, each once, under its first name in the order of `walk`; of a wrapper and its module, the module."""
     found: dict[int, tuple[str, M]] = {}
     for name, module in walk(model):
         if isinstance(module, kind):
             found.setdefault(id(module), (name, module))
     return dict(found.values())
+
+
+def joined(name: str, key: str) -> str:
+    """The name of what the module ``name`` holds under ``key``; the model itself is ``""``."""
+    return f"{name}.{key}" if name else key
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -139,7 +144,7 @@ def _walk(module: nn.Module, name: str, above: tuple[nn.Module, ...], visits: Co
     wrapped = _wrapped_child(module)
     for key, child in module._modules.items():
         if child is not None and not any(child is parent for parent in (*above, module)):
-            child_name = name if key == wrapped else f"{name}.{key}" if name else key
+            child_name = name if key == wrapped else joined(name, key)
             yield from _walk(child, child_name, (*above, module), visits)
 
 

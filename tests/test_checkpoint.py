@@ -398,3 +398,11 @@ def test_8_bit_floats_can_be_extra(tmp_path: pathlib.Path):
     assert load(model, tmp_path / "a.pt")[1].small.dtype == torch.float8_e4m3fn
     with pytest.raises(CheckpointError, match="of a floating dtype"):
         combine([({"a": torch.tensor([1])}, 0.5)])
+
+
+def test_a_complex_adapter_is_not_saved(tmp_path: pathlib.Path):
+    model = inject(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
+    model[0].miss_D = nn.Parameter(model[0].miss_D.detach().to(torch.complex64))
+    with pytest.raises(CheckpointError, match=r"0: not the settings of an adapter\n.*complex64"):
+        save(model, tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())

@@ -155,15 +155,15 @@ class Life(RuleBasedStateMachine):
     def take_state(self):
         return dict(self.settings), adapter_state_dict(self.model)
 
-    @rule(state=states, device=st.just("cpu"))
-    def put_state(self, state: tuple[Settings, dict[str, Tensor]], device: str):
+    @rule(state=states)
+    def put_state(self, state: tuple[Settings, dict[str, Tensor]]):
         shapes = {f"layers.{name}.miss_D": d.shape for name, d in self.adapters.items()}
         fits = shapes == {key: d.shape for key, d in state[1].items()}
         if not fits or self.merged:
             with pytest.raises(StateError if self.merged else CheckpointError):
                 load_adapter_state_dict(self.model, state[1])
             return
-        load_adapter_state_dict(self.model, {key: d.to(device) for key, d in state[1].items()})
+        load_adapter_state_dict(self.model, state[1])
         self.adapters = {key.split(".")[1]: d.clone() for key, d in state[1].items()}
 
     @rule(target=states, one=states, other=states, weight=st.sampled_from([1.0, -0.25]))

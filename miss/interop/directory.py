@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from miss import files
@@ -71,10 +70,8 @@ def write(directory: str | os.PathLike[str], config: dict[str, Any], tensors: di
         ImportError: safetensors is absent.
     """
     folder = os.fspath(directory)
-    package = files.safetensors()
     files.check_tensors(folder, tensors)
-    dense = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    content = package.torch.save(dense, {"format": "pt"})
+    content = files.safetensors_bytes(folder, files.dense(tensors), {"format": "pt"})
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

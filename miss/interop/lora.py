@@ -2,11 +2,10 @@
 
 import os
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miss.functional import miss_factors, misse_factors
+from miss.functional import miss_factors, misse_factors, scaled
 from miss.interop import directory as directories
 from miss.linear import MiSSeLinear
 
@@ -38,8 +37,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         d = layer.miss_D.detach()
-        if layer.scale != scale:
-            d = (d.to(torch.promote_types(d.dtype, torch.float32)) * layer.scale).to(d.dtype)
+        d = scaled(d, 1 if layer.scale == scale else layer.scale, d.dtype)
         if isinstance(layer, MiSSeLinear):
             a, b = misse_factors(d, layer.in_features, layer.out_features)
         else:

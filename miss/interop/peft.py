@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from miss.adaptable import ADAPTER_DTYPES, is_real
 from miss.errors import CheckpointError, StateError, explain
 from miss.fitting import LayerRecord, apply_, check_keys, key_of, named_tensors, unmerged
+from miss.functional import scaled
 from miss.interop import directory as directories
 from miss.linear import MiSSeLinear
 from miss.targets import instances, walk
@@ -52,9 +53,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     ((rank, rows, dropout),) = settings
     tensors = {}
     for name, layer in layers.items():
-        d = layer.miss_D.detach()
-        if layer.scale != 1:
-            d = (d.to(torch.promote_types(d.dtype, torch.float32)) * layer.scale).to(d.dtype)
+        d = scaled(layer.miss_D.detach(), layer.scale, layer.miss_D.dtype)
         tensors[f"{directories.PREFIX}{name}{KEYS['MISS']}"] = rearrange(d, "o r -> r o")
     config = directories.base_config(model, layers) | {
         "peft_type": "MISS",
