@@ -12,8 +12,8 @@ One letter per axis, here and everywhere:
 ``s``  rows in one shard
 =====  ==========================================================================
 
-Every function is made of differentiable torch operations that write to no argument, so all of them work under autograd
-(twice), ``torch.func``, ``torch.compile`` and tensor subclasses.
+Every function is made of differentiable torch operations, so all of them work under autograd (twice), ``torch.func``,
+``torch.compile`` and tensor subclasses. Those whose names end in ``_``, for the fast path, write to their first argument.
 """
 
 import math
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-__all__ = ["block_mean", "block_sum", "cycle_rows", "expand_blocks", "expand_shards", "is_dtensor"]
-__all__ += ["miss_factors", "miss_linear", "misse_factors", "misse_linear", "scaled"]
+__all__ = ["add_blocks_", "add_shards_", "block_factor", "block_mean", "block_reduce", "block_sum", "cycle_rows"]
+__all__ += ["expand_blocks", "expand_shards", "is_dtensor", "miss_factors", "miss_linear", "misse_factors", "misse_linear"]
+__all__ += ["scaled", "shard_sum"]
 
 # Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
 _CHUNK = 1 << 18
@@ -76,21 +77,48 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
     return mean if tail is None else mean * (whole / (whole + 1)) + tail / (whole + 1)
 
 
+def block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """What MiSSe multiplies by D, in ``dtype``: `block_sum`, or `block_mean` in fp16, where the sum may overflow.
+
+    ``x`` is not cast: the sum has its dtype, and torch's fp32 accumulator where that is half precision.
+    """
+    return (block_mean if dtype == torch.float16 else block_sum)(x, rank).to(dtype)
+
+
+def block_factor(in_features: int, rank: int, dtype: torch.dtype) -> float:
+    """`block_sum` over `block_reduce`: 1, or in fp16 the number of blocks."""
+    return float(-(-in_features // rank)) if dtype == torch.float16 else 1.0
+
+
+def add_blocks_(x: Tensor, s: Tensor) -> Tensor:
+    """``x[..., c] += s[..., c mod r]`` in place, for a contiguous ``x``: the transpose of `block_sum`; returns ``x``.
+
+    >>> add_blocks_(torch.zeros(5), torch.tensor([1.0, 2.0]))
+    tensor([1., 2., 1., 2., 1.])
+    """
+    blocks, rest = divmod(x.shape[-1], s.shape[-1])
+    whole = x[..., : x.shape[-1] - rest] if rest else x
+    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(s.unsqueeze(-2))  # a view, or an error: einops might copy
+    if rest:
+        x[..., -rest:].add_(s[..., :rest])
+    return x
+
+
 def expand_blocks(d: Tensor, in_features: int) -> Tensor:
     """The dense delta of MiSSe at scale 1: column ``c`` is ``d[:, c mod r]`` (Eq. 6).
 
     Args:
-        d: ``(o, r)``.
+        d: ``(..., r)``.
         in_features: ``i``, at least ``r``.
 
     Shape:
-        ``(o, r) -> (o, i)``.
+        ``(..., r) -> (..., i)``; for the delta ``(o, r) -> (o, i)``.
 
     >>> expand_blocks(torch.tensor([[1, 2]]), in_features=5)
     tensor([[1, 2, 1, 2, 1]])
     """
     rank = d.shape[-1]
-    return repeat(d, "o r -> o (g r)", r=rank, g=-(-in_features // rank))[:, :in_features]
+    return repeat(d, "... r -> ... (g r)", r=rank, g=-(-in_features // rank))[..., :in_features]
 
 
 def expand_shards(d: Tensor, out_features: int) -> Tensor:
@@ -110,6 +138,30 @@ def expand_shards(d: Tensor, out_features: int) -> Tensor:
     """
     runs = _shard_runs(out_features, d.shape[0])
     return torch.cat([repeat(d[run], "n i -> (n s) i", s=size) for run, _, size in runs])
+
+
+def shard_sum(y: Tensor, shards: int) -> Tensor:
+    """Sum the outputs of each shard, ``(..., o) -> (..., n)``: the transpose of `expand_shards`.
+
+    >>> shard_sum(torch.arange(5.0), shards=2)  # 0 + 1 + 2, 3 + 4
+    tensor([3., 7.])
+    """
+    runs = _shard_runs(y.shape[-1], shards)
+    # `narrow`, as a slice of everything is an alias, which batched gradients (`torch.autograd.grad(is_grads_batched=True)`) lack
+    parts = [(y.narrow(-1, rows.start, rows.stop - rows.start), size) for _, rows, size in runs]
+    sums = [reduce(part, "... (n s) -> ... n", "sum", s=size) for part, size in parts]
+    return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
+
+
+def add_shards_(y: Tensor, z: Tensor) -> Tensor:
+    """Add ``z[..., k]`` to every output of shard ``k`` in place, for a contiguous ``y`` (Eq. 2); returns ``y``.
+
+    >>> add_shards_(torch.zeros(5), torch.tensor([1.0, 2.0]))
+    tensor([1., 1., 1., 2., 2.])
+    """
+    for run, rows, size in _shard_runs(y.shape[-1], z.shape[-1]):
+        y[..., rows].view(*y.shape[:-1], run.stop - run.start, size).add_(z[..., run].unsqueeze(-1))
+    return y
 
 
 def cycle_rows(d: Tensor, out_features: int) -> Tensor:
@@ -175,12 +227,10 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
     if is_dtensor(x):
         blocks = -(-x.shape[-1] // rank)
         power = 2.0 ** -math.ceil(math.log2(blocks)) if y.dtype == torch.float16 else 1.0  # exact in fp16, as 1 / blocks is not
-        s, factor = F.linear(x, power * _zero_one(expand_blocks, rank, x)), scale / power
-    elif y.dtype == torch.float16:
-        s, factor = block_mean(x, rank), scale * -(-x.shape[-1] // rank)
+        s, factor = F.linear(x, power * _zero_one(expand_blocks, rank, x)).to(y.dtype), 1 / power
     else:
-        s, factor = block_sum(x, rank), scale
-    return y + F.linear(s.to(y.dtype), cycle_rows(scaled(d, factor, y.dtype), y.shape[-1]))
+        s, factor = block_reduce(x, rank, y.dtype), block_factor(x.shape[-1], rank, y.dtype)
+    return y + F.linear(s, cycle_rows(scaled(d, scale * factor, y.dtype), y.shape[-1]))
 
 
 def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:

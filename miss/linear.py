@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miss import functional
+from miss import functional, fused
 from miss.adaptable import check_settings, looks_linear, refusal
 from miss.errors import ShapeError, StateError, TargetError, explain, is_merged
 
@@ -25,10 +25,11 @@ class AdaptedLinear(nn.Linear):
     scale: float = 1.0
     dropout: float = 0.0
     _disabled: int = 0  # how many `disabled` contexts this layer is in
-    # What makes a form: the axis of the weight along which D is shared, and `rank` long instead; its delta; its forward.
+    # What makes a form: the axis of the weight along which D is shared, and `rank` long instead; its delta; its two forwards.
     shared_axis: ClassVar[int]
     expand: ClassVar["staticmethod[[Tensor, int], Tensor]"]
     add_delta: ClassVar["staticmethod[[Tensor, Tensor, Tensor, float], Tensor]"]
+    fused: ClassVar["staticmethod[[Tensor, Tensor, Tensor | None, Tensor, float], Tensor]"]
 
     def __init__(
         self,
@@ -169,11 +170,13 @@ class AdaptedLinear(nn.Linear):
             if self.training and torch.is_grad_enabled():
                 raise is_merged(type(self).__name__, "a training forward would give miss_D no gradient")
             return F.linear(input, self.miss_base if self._disabled else self.weight, self.bias)
+        dropping = self.training and self.dropout > 0
+        if not self._disabled and not dropping and fused.fits(input, self.weight, self.bias, self.miss_D):
+            return self.fused(input, self.weight, self.bias, self.miss_D, self.scale)
         y = super().forward(input)
         if self._disabled:
             return y
-        x = F.dropout(input, self.dropout) if self.training and self.dropout else input
-        return self.add_delta(x, y, self.miss_D, self.scale)
+        return self.add_delta(F.dropout(input, self.dropout) if dropping else input, y, self.miss_D, self.scale)
 
     def reset_adapter(self) -> None:
         """Set ``miss_D`` to zero, in place: the layer computes what its base does. A `StateError` while merged."""
@@ -256,6 +259,7 @@ class MiSSeLinear(AdaptedLinear):
     shared_axis = 1
     expand = staticmethod(functional.expand_blocks)
     add_delta = staticmethod(functional.misse_linear)
+    fused = staticmethod(fused.misse_linear)
 
 
 class MiSSLinear(AdaptedLinear):
@@ -281,6 +285,7 @@ class MiSSLinear(AdaptedLinear):
     shared_axis = 0
     expand = staticmethod(functional.expand_shards)
     add_delta = staticmethod(functional.miss_linear)
+    fused = staticmethod(fused.miss_linear)
 
 
 METHODS: dict[str, type[AdaptedLinear]] = {"misse": MiSSeLinear, "miss": MiSSLinear}

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from miss import MiSSeLinear, MiSSLinear
+from tests import reference
 
 FORMS = {"misse": MiSSeLinear, "miss": MiSSLinear}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,3 +77,38 @@ def tolerance(dtype: torch.dtype, magnitude: Tensor, terms: int) -> Tensor:
     accumulator = torch.finfo(torch.float32 if half else dtype).eps
     bound = (8 * torch.finfo(dtype).eps + terms * accumulator) * magnitude
     return bound + 8 * terms * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (1 + magnitude)
+
+
+def assert_equals_oracle(case: Case, layer: nn.Linear, x: Tensor) -> None:
+    """Output, gradient of the input, gradient of D, and the output with the delta merged, for a random gradient of the output."""
+    dtype, x = x.dtype, x.detach().requires_grad_()
+    y = layer(x)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64).to(dtype)
+    grad_x, grad_d = torch.autograd.grad(y, (x, layer.miss_D), g)
+
+    w, b = layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    x64, d64, g64 = x.detach().double().requires_grad_(), layer.miss_D.detach().double().requires_grad_(), g.double()
+    exact = reference.output(case.method, x64, w, b, d64, case.scale)
+    exact_x, exact_d = torch.autograd.grad(exact, (x64, d64), g64, allow_unused=True)
+    exact_d = torch.zeros_like(d64) if exact_d is None else exact_d
+
+    # The same sums over absolute values bound the rounding.
+    ax, ad, ag = x64.detach().abs().requires_grad_(), d64.detach().abs().requires_grad_(), g64.abs()
+    size = reference.output(case.method, ax, w.abs(), None if b is None else b.abs(), ad, abs(case.scale))
+    size_x, size_d = torch.autograd.grad(size, (ax, ad), ag, allow_unused=True)
+    size_d = torch.zeros_like(ad) if size_d is None else size_d
+    terms = case.in_features + case.out_features + x.numel() + 1
+
+    merged = F.linear(x, (layer.weight + layer.delta_weight()).to(dtype), layer.bias)
+    coarse = max(
+        dtype, layer.miss_D.dtype, key=lambda dtype: torch.finfo(dtype).eps
+    )  # what D's gradient and delta are rounded to
+    for got, want, magnitude, rounded in (
+        (y, exact, size, dtype),
+        (merged, exact, size, coarse),
+        (grad_x, exact_x, size_x, dtype),
+        (grad_d, exact_d, size_d, coarse),
+    ):
+        assert got.shape == want.shape
+        assert ((got.double() - want).abs() <= tolerance(rounded, magnitude.detach(), terms)).all()
+    assert (y.dtype, grad_x.dtype, grad_d.dtype) == (dtype, dtype, layer.miss_D.dtype)

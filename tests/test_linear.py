@@ -13,7 +13,7 @@ from torch import nn
 
 from miss import MiSSeLinear, MissError, MiSSLinear, ShapeError, StateError, TargetError, disabled
 from tests import reference
-from tests.strategies import DTYPES, FORMS, Case, cases, tolerance
+from tests.strategies import DTYPES, FORMS, Case, assert_equals_oracle, cases, tolerance
 
 RAGGED = [Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0), Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0)]
 forms = pytest.mark.parametrize("form", FORMS.values())
@@ -28,29 +28,7 @@ ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
 @example(case=RAGGED[0])
 @example(case=RAGGED[1])
 def test_sharded_forward_equals_oracle_and_merged_weight(case: Case, dtype: torch.dtype, adapter_dtype: str | None):
-    layer, x = case.layer(dtype, dtype if adapter_dtype else None), case.input(dtype).requires_grad_()
-    y = layer(x)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64).to(dtype)
-    grad_x, grad_d = torch.autograd.grad(y, (x, layer.miss_D), g)
-
-    w, b = layer.weight.double(), None if layer.bias is None else layer.bias.double()
-    x64, d64, g64 = x.detach().double().requires_grad_(), layer.miss_D.detach().double().requires_grad_(), g.double()
-    exact = reference.output(case.method, x64, w, b, d64, case.scale)
-    exact_x, exact_d = torch.autograd.grad(exact, (x64, d64), g64, allow_unused=True)
-    exact_d = torch.zeros_like(d64) if exact_d is None else exact_d
-
-    # The same sums over absolute values bound the rounding.
-    ax, ad, ag = x64.detach().abs().requires_grad_(), d64.detach().abs().requires_grad_(), g64.abs()
-    size = reference.output(case.method, ax, w.abs(), None if b is None else b.abs(), ad, abs(case.scale))
-    size_x, size_d = torch.autograd.grad(size, (ax, ad), ag, allow_unused=True)
-    size_d = torch.zeros_like(ad) if size_d is None else size_d
-    terms = case.in_features + case.out_features + x.numel() + 1
-
-    merged = F.linear(x, (layer.weight + layer.delta_weight()).to(dtype), layer.bias)
-    for got, want, magnitude in ((y, exact, size), (merged, exact, size), (grad_x, exact_x, size_x), (grad_d, exact_d, size_d)):
-        assert got.shape == want.shape
-        assert ((got.double() - want).abs() <= tolerance(dtype, magnitude.detach(), terms)).all()
-    assert (y.dtype, grad_x.dtype, grad_d.dtype) == (dtype, dtype, layer.miss_D.dtype)
+    assert_equals_oracle(case, case.layer(dtype, dtype if adapter_dtype else None), case.input(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,8 +213,12 @@ def test_compile_fullgraph_equals_eager(case: Case):
 
 @ragged
 def test_compile_with_inductor(case: Case):
-    layer, x = case.layer(torch.float32), case.input(torch.float32)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+    torch.compiler.reset()
+    layer, x = case.layer(torch.float32), case.input(torch.float32).requires_grad_()
+    outputs = torch.compile(layer, fullgraph=True)(x), layer(x)
+    torch.testing.assert_close(*outputs)
+    for pair in zip(*(torch.autograd.grad(y.square().sum(), (x, layer.miss_D)) for y in outputs)):
+        torch.testing.assert_close(*pair)
 
 
 @ragged

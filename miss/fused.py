@@ -1,0 +1,233 @@
+"""The fast path of the two layers: base and delta in one node of the graph, which adds in place and keeps little.
+
+`misse_linear` and `miss_linear` of `miss.functional` are the truth: they work on everything, and this path is tested equal to
+them. Here the delta is added to the base's output where that stands, and the adapter's part of the gradient of the input to
+the base's, so that nothing of their width is held twice; and of its input MiSSe keeps only the block sums ``S``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miss.functional import add_blocks_, add_shards_, block_factor, block_reduce, cycle_rows, expand_blocks, scaled, shard_sum
+from miss.functional import miss_linear as plain_miss
+from miss.functional import misse_linear as plain_misse
+
+__all__ = ["fits", "miss_linear", "misse_linear"]
+
+# Whether vmap, grad or another transform of torch.func is at work. torch has no public name for it; without it we say yes.
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
+    """Whether the fast path applies: ordinary tensors that meet in one dtype, a frozen weight, ordinary execution."""
+    if torch.compiler.is_compiling() or _transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    tensors = (x, weight, d) if bias is None else (x, weight, d, bias)
+    if weight.requires_grad or not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+        return False
+    return _compute_dtype(x) == _compute_dtype(weight)
+
+
+def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+    """``F.linear(x, weight, bias) + scale * d S``, with ``S = block_sum(x)`` (Eq. 7).
+
+    Args:
+        x: the input, ``(..., i)``.
+        weight, bias: the base layer's, ``(o, i)`` and ``(o)``; the weight takes no gradient.
+        d: ``(o, r)``, or ``(m, r)`` with fewer rows, which are cycled.
+        scale: factor of the delta.
+
+    Shape:
+        ``(..., o)``.
+    """
+    args = *_autocast(x, weight, bias), cycle_rows(d, len(weight)), scale
+    y: Tensor = _MiSSe.apply(*args)[0] if torch.is_grad_enabled() else _misse(*args)[0]  # type: ignore[no-untyped-call]
+    return y
+
+
+def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+    """``F.linear(x, weight, bias) + scale * repeat(d x)`` (Eq. 3). Arguments as in `misse_linear`, but ``d`` is ``(n, i)``."""
+    args = *_autocast(x, weight, bias), d, scale
+    y: Tensor = _MiSS.apply(*args) if torch.is_grad_enabled() else _miss(*args)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The base's output; not as a view, which autograd would not let a user change in place when it comes out of a node."""
+    y = F.linear(x, weight, bias)
+    return y if y.dim() == 2 else y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
+def _misse(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    y = _base(x, weight, bias)
+    rank = d.shape[1]
+    if x.dtype == torch.float16 or x.shape[-1] % rank:
+        s = block_reduce(x, rank, y.dtype)
+    else:  # einops takes as long to parse its pattern as a small layer to compute
+        s = x.view(*x.shape[:-1], x.shape[-1] // rank, rank).sum(-2).to(y.dtype)
+    factor = scale * block_factor(x.shape[-1], rank, y.dtype)
+    if _few(x, d, y.dtype):
+        y.add_(F.linear(_times(s.to(d.dtype), factor), d))
+    else:
+        y.view(-1, y.shape[-1]).addmm_(_rows(s), scaled(d, factor, y.dtype).t())
+    return y, s
+
+
+def _miss(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+    y = _base(x, weight, bias)
+    few = _few(x, d, y.dtype)
+    return add_shards_(y, _times(F.linear(x.to(d.dtype), d), scale) if few else F.linear(x, scaled(d, scale, y.dtype)))
+
+
+class _MiSSe(torch.autograd.Function):
+    """Outputs ``y`` and ``S``, since the backward reads ``S``: so a derivative of the backward goes on through it to ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        y, s = _misse(x, weight, bias, d, scale)
+        ctx.scale = scale
+        ctx.save_for_backward(weight, d, s)
+        ctx.save_for_forward(x, weight, d)
+        ctx.set_materialize_grads(False)
+        return y, s
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, d, s = ctx.saved_tensors
+        factor = ctx.scale * block_factor(weight.shape[1], d.shape[1], s.dtype)
+        if dy is None:
+            dy = s.new_zeros(*s.shape[:-1], len(weight))
+        need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
+        dx = _misse_input_grad(dy, ds, weight, d, ctx.scale) if need_x else None
+        dbias = _rows(dy).sum(0) if need_bias else None
+        dd = _adapter_grad(dy, s, factor, d.dtype) if need_d else None
+        return dx, None, dbias, dd, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        x, _, d = ctx.saved_tensors
+        y_t = _tangent(plain_misse, ctx, *tangents)
+        return y_t, block_reduce(torch.zeros_like(x) if tangents[0] is None else tangents[0], d.shape[1], y_t.dtype)
+
+
+class _MiSS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, d)
+        ctx.save_for_forward(x, weight, d)
+        return _miss(x, weight, bias, d, scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, d = ctx.saved_tensors
+        need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
+        dz = shard_sum(dy, len(d))
+        dx = _miss_input_grad(dy, dz, weight, scaled(d, ctx.scale, dy.dtype)) if need_x else None
+        dbias = _rows(dy).sum(0) if need_bias else None
+        dd = _adapter_grad(dz, x, ctx.scale, d.dtype) if need_d else None
+        return dx, None, dbias, dd, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _tangent(plain_miss, ctx, *tangents)
+
+
+def _tangent(plain: Callable[..., Tensor], ctx: Any, x_t: Any, weight_t: Any, bias_t: Any, d_t: Any, _: None) -> Tensor:
+    """The output is linear in the input and the bias, and in the weight and D."""
+    x, weight, d = ctx.saved_tensors
+    x_t, weight_t, d_t = (torch.zeros_like(of) if t is None else t for t, of in ((x_t, x), (weight_t, weight), (d_t, d)))
+    first = plain(x_t, F.linear(x_t, weight, bias_t), d, ctx.scale)
+    return first + plain(x, F.linear(x, weight_t), d_t, ctx.scale)
+
+
+def _misse_input_grad(dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float) -> Tensor:
+    """``dy (weight + expand_blocks(scale * d))``, and what comes by ``S``."""
+    factor = block_factor(weight.shape[1], d.shape[1], dy.dtype)
+    d = scaled(d, scale * factor, dy.dtype)
+    if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
+        return _input_grad_by_tiles(dy, weight, d, rows)
+    ds = _times(dy @ d if ds is None else dy @ d + ds, 1 / factor)
+    dx = dy @ weight
+    return add_blocks_(dx, ds) if _in_place() else dx + expand_blocks(ds, dx.shape[-1])
+
+
+def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
+    """The same with the sum ``weight + expand_blocks(d)`` built, some rows at a time: less work than ``dy d`` for many tokens."""
+    dx, dy = dy.new_empty(*dy.shape[:-1], weight.shape[1]), _rows(dy)
+    tile = weight.new_empty(rows, weight.shape[1])
+    for start in range(0, len(weight), rows):
+        some = start, min(rows, len(weight) - start)
+        both = add_blocks_(tile[: some[1]].copy_(weight.narrow(0, *some)), d.narrow(0, *some))
+        dx.view(-1, dx.shape[-1]).addmm_(dy.narrow(1, *some), both, beta=1 if start else 0)
+    return dx
+
+
+def _tile_rows(dy: Tensor, weight: Tensor, d: Tensor) -> int:
+    """How many rows of the weight make a tile; 0 where tiles do not pay, or would round D to half precision.
+
+    A tile and ``S`` take at most a tenth of what the base's output and gradient take; products of fewer than 96 rows lose
+    their speed. Measured on CPUs, and for them only.
+    """
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return 0
+    o, i = weight.shape
+    rows = dy.numel() // o * ((i + o) // 12 - d.shape[1]) // i
+    return min(rows, 512) if rows >= 96 else 0
+
+
+def _miss_input_grad(dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor:
+    """``dy (weight + expand_shards(d))``, with ``dz = shard_sum(dy)``."""
+    dx = dy @ weight
+    if not _in_place():
+        return dx + dz @ d
+    dx.view(-1, dx.shape[-1]).addmm_(_rows(dz), d)
+    return dx
+
+
+def _adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """``factor * dy^T s``, in the dtype of D; where that is another, a part at a time, which takes less memory."""
+    dy, s = _rows(dy), _rows(s)
+    if dy.dtype == dtype or not _in_place():
+        return scaled(dy.t() @ s, factor, dtype)
+    dd = dy.new_empty(dy.shape[1], s.shape[1], dtype=dtype)
+    narrow, wide, out = (s, dy, dd.t()) if len(dd) > dd.shape[1] else (dy, s, dd)
+    for start in range(0, out.shape[1], 512):
+        part = 1, start, min(512, out.shape[1] - start)
+        out.narrow(*part).copy_(narrow.t() @ wide.narrow(*part))
+    return dd if factor == 1 else dd.mul_(factor)
+
+
+def _in_place() -> bool:
+    """Whether a backward may write in place: it is not to be differentiated itself, and does not run under `torch.vmap`."""
+    return not torch.is_grad_enabled() and not _transformed()
+
+
+def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
+    """Whether D has to be cast to ``dtype``, and it is cheaper to cast what is multiplied by it: fewer rows than D is long."""
+    return dtype != d.dtype and torch.promote_types(dtype, d.dtype) == d.dtype and x.numel() < min(d.shape) * x.shape[-1]
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which `F.linear` takes ``tensor``, which is not its own under `torch.autocast`."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = _compute_dtype(x)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor

@@ -1,0 +1,264 @@
+import gc
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from benchmarks.measure import peak_bytes, saved_bytes
+from miss import MiSSeLinear, MiSSLinear, disabled, fused
+from tests.strategies import DTYPES, FORMS, Case, assert_equals_oracle, cases
+
+RAGGED = [Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0), Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0)]
+ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# Layouts of an input of the same values.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "sliced": lambda x: F.pad(x, (1, 2))[..., 1:-2],
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+    "expanded": lambda x: x[:1].expand(x.shape) if x.dim() > 1 else x,
+}
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    with mock.patch.object(fused, "fits", return_value=False):
+        yield
+
+
+@contextmanager
+def counted() -> Iterator[mock.Mock]:
+    """Counts the calls that take the fast path, of both forms."""
+    calls = mock.Mock()
+    real = {form: form.fused for form in FORMS.values()}
+
+    def counting(form: type[nn.Linear]):
+        return staticmethod(lambda *args: (calls(), real[form](*args))[1])
+
+    with (
+        mock.patch.object(MiSSeLinear, "fused", counting(MiSSeLinear)),
+        mock.patch.object(MiSSLinear, "fused", counting(MiSSLinear)),
+    ):
+        yield calls
+
+
+def results(layer: nn.Linear, x: Tensor, seed: int = 0) -> list[Tensor]:
+    """The output and the gradients of all that asks for one."""
+    y = layer(x)
+    wanted = [tensor for tensor in (x, layer.miss_D, layer.bias) if tensor is not None and tensor.requires_grad]
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
+    return [y, *(torch.autograd.grad(y, wanted, g) if wanted else ())]
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, *DTYPES[:3]], ids=str)
+@dtypes
+@given(case=cases(), layout=st.sampled_from(sorted(LAYOUTS)))
+@example(case=RAGGED[0], layout="transposed")
+@example(case=RAGGED[1], layout="expanded")
+@example(case=Case("misse", 4, 530, 2, True, -2.0, (3,), 1), layout="contiguous")  # more than one part of the gradient of D
+@example(case=Case("miss", 530, 4, 2, True, -2.0, (3,), 1), layout="contiguous")
+def test_fast_path_equals_oracle(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype | None, layout: str):
+    layer = case.layer(dtype, adapter_dtype)
+    with counted() as calls:
+        assert_equals_oracle(case, layer, LAYOUTS[layout](case.input(dtype)) if case.leading else case.input(dtype))
+    assert calls.call_count == 1
+
+
+@dtypes
+@given(case=cases())
+def test_plain_path_equals_oracle(case: Case, dtype: torch.dtype):
+    with plain_path(), counted() as calls:
+        assert_equals_oracle(case, case.layer(dtype), case.input(dtype))
+    assert not calls.called
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("misse", 13, 120, 2, True, 0.5, (2, 70), 0),  # two tiles, the second one short; a short last block
+        Case("misse", 12, 120, 3, False, 1.0, (400,), 1),  # one tile
+    ],
+    ids=["ragged", "even"],
+)
+def test_gradient_by_tiles_equals_oracle(case: Case, dtype: torch.dtype):
+    with mock.patch.object(fused, "_input_grad_by_tiles", wraps=fused._input_grad_by_tiles) as tiles:
+        assert_equals_oracle(case, case.layer(dtype), case.input(dtype))
+    assert tiles.call_count == 1
+    assert (tiles.call_args.args[-1] < case.out_features) == (case.in_features == 13)
+
+
+@pytest.mark.parametrize("grad_of", ["x", "d", "bias", "x d", "d bias", "x d bias", ""])
+@dtypes
+@given(case=cases())
+def test_fast_path_equals_plain_path_whatever_asks_for_gradients(case: Case, dtype: torch.dtype, grad_of: str):
+    layer, x = replace(case, bias=True).layer(dtype), case.input(dtype).requires_grad_("x" in grad_of)
+    layer.miss_D.requires_grad_("d" in grad_of)
+    layer.bias.requires_grad_("bias" in grad_of)
+    with counted() as calls:
+        fast = results(layer, x)
+    with plain_path():
+        plain = results(layer, x)
+    assert calls.call_count == 1
+    assert len(fast) == len(plain) == 1 + len(grad_of.split())
+    for got, want in zip(fast, plain):
+        assert (got.dtype, got.shape, got.requires_grad) == (want.dtype, want.shape, want.requires_grad)
+        size = want.detach().double().abs().max() if want.numel() else 1.0  # both are within the oracle's bound; this is a net
+        torch.testing.assert_close(got, want, rtol=0, atol=float(256 * torch.finfo(dtype).eps * (1 + size)))
+
+
+@dtypes
+@given(case=cases(), rows=st.integers(0, 20))
+def test_without_gradients(case: Case, dtype: torch.dtype, rows: int):
+    case = replace(case, leading=(rows,))
+    layer, x = case.layer(dtype), case.input(dtype)
+    y = layer(x)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, counted() as calls:
+            z = layer(x)
+        assert calls.call_count == 1
+        assert not z.requires_grad
+        size = y.detach().double().abs().max() if y.numel() else 1.0
+        torch.testing.assert_close(z, y.detach(), rtol=0, atol=float(64 * torch.finfo(dtype).eps * (1 + size)))
+
+
+@ragged
+def test_rule(case: Case):
+    def fast(layer: nn.Linear, x: Tensor) -> bool:
+        with counted() as calls:
+            layer(x)
+        return calls.called
+
+    class Mine(Tensor):
+        pass
+
+    layer, x = case.layer(), case.input()
+    assert fast(layer, x)
+    assert not fast(layer, x.as_subclass(Mine))
+    dropping = FORMS[case.method](4, 4, 2, dropout=0.5)
+    assert not fast(dropping, torch.randn(4))
+    assert fast(dropping.eval(), torch.randn(4))
+    with disabled(nn.Sequential(layer)):
+        assert not fast(layer, x)
+    layer.weight.requires_grad_()
+    assert not fast(layer, x)
+    layer.weight.requires_grad_(False)
+    with counted() as calls:
+        torch.vmap(layer)(x)
+        torch.func.jvp(layer, (x,), (x,))
+        torch.compiler.reset()
+        torch.compile(layer, fullgraph=True, backend="eager")(x)
+        with warnings.catch_warnings(action="ignore"):
+            torch.jit.trace(layer, x, check_trace=False)  # the check would run the layer itself
+    assert not calls.called
+
+
+@ragged
+def test_saved_for_backward(case: Case):
+    case = replace(case, leading=(5, 3))
+    for dtype in DTYPES:
+        layer, x = case.layer(dtype), case.input(dtype).requires_grad_()
+        kept = case.rank if case.method == "misse" else case.in_features  # S, or x
+        assert saved_bytes(layer, x) == 15 * kept * dtype.itemsize
+    layer.miss_D.requires_grad_(False)
+    assert saved_bytes(layer, x) == (15 * case.rank * dtype.itemsize if case.method == "misse" else 0)
+
+
+def test_misse_lets_go_of_its_input():
+    layer, x = RAGGED[0].layer(), RAGGED[0].input()
+    alive = weakref.ref(x)
+    y = layer(x)
+    del x
+    gc.collect()
+    assert alive() is None
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1024, 1024), (1000, 1500), (576, 1536)], ids=str)
+@pytest.mark.parametrize("tokens", [128, 512, 2048])
+@pytest.mark.parametrize("form", FORMS.values())
+def test_peak_of_a_step_is_that_of_the_base_and_a_tenth(form: type, tokens: int, size: tuple[int, int], dtype: torch.dtype):
+    base = nn.Linear(*size, dtype=dtype).requires_grad_(False)
+    layer = form(*size, 64, dtype=dtype)
+    x, g = torch.randn(tokens, size[0], dtype=dtype, requires_grad=True), torch.randn(tokens, size[1], dtype=dtype)
+
+    def peak(layer: nn.Linear) -> int:
+        layer(x).backward(g)
+        layer.zero_grad()
+        x.grad = None
+        return peak_bytes(lambda: layer(x).backward(g))
+
+    assert peak(layer) <= 1.1 * peak(base) + layer.miss_D.nbytes
+
+
+@given(case=cases(max_size=6))
+def test_second_derivatives_equal_those_of_the_plain_path(case: Case):
+    def penalty(layer: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
+        wanted = layer.miss_D, x
+        first = torch.autograd.grad((layer(x).tanh() ** 2).sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum((grad**2).sum() for grad in first), wanted)  # D's gradient depends on x through S, too
+
+    fast = penalty(case.layer(), case.input().requires_grad_())
+    with plain_path():
+        plain = penalty(case.layer(), case.input().requires_grad_())
+    for got, want in zip(fast, plain):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", [*RAGGED, Case("misse", 13, 120, 2, True, 0.5, (140,), 0)], ids=str)
+def test_batched_gradients(case: Case):
+    layer, x = case.layer(), case.input().requires_grad_()
+    y = layer(x)
+    many = torch.randn(3, *y.shape, dtype=y.dtype)
+    looped = [
+        torch.stack(grads) for grads in zip(*(torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True) for g in many))
+    ]
+    batched = torch.autograd.grad(y, (x, layer.miss_D), many, retain_graph=True, is_grads_batched=True)
+    mapped = torch.vmap(lambda g: torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True))(many)
+    for want, *both in zip(looped, batched, mapped):
+        for got in both:
+            torch.testing.assert_close(got, want)
+
+
+@ragged
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_hooks_may_change_the_output_in_place(case: Case, dtype: torch.dtype):
+    layer, x = case.layer(dtype), case.input(dtype).requires_grad_()
+    layer.register_forward_hook(lambda module, args, y: y.mul_(2).add_(1))
+    fast = results(layer, x)
+    with plain_path():
+        plain = results(layer, x)
+    for got, want in zip(fast, plain):
+        torch.testing.assert_close(got, want)
+
+
+@ragged
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype_of_x", [torch.float32, "autocast"], ids=str)
+def test_autocast(case: Case, dtype: torch.dtype, dtype_of_x: torch.dtype | str):
+    layer = case.layer(torch.float32)
+    x = case.input(dtype if dtype_of_x == "autocast" else torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        with counted() as calls:
+            fast = layer(x)
+        with plain_path():
+            plain = layer(x)
+    assert calls.called
+    assert fast.dtype == plain.dtype == dtype
+    g = torch.randn(fast.shape, dtype=torch.float64).to(dtype)
+    grads = [torch.autograd.grad(y, (x, layer.miss_D), g) for y in (fast, plain)]
+    for got, want in ((fast, plain), *zip(*grads)):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=float(32 * torch.finfo(dtype).eps * want.detach().abs().max()))
