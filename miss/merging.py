@@ -1,7 +1,7 @@
 """`merge` puts the deltas into the weights, `unmerge` takes them out, bit for bit."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,20 +9,22 @@ from torch import Tensor, nn
 
 from miss.adaptable import ADAPTER_DTYPES, unwritable
 from miss.errors import StateError, explain, is_merged
+from miss.functional import cycle_rows, expand_blocks, expand_shards
 from miss.linear import AdaptedLinear
 from miss.targets import instances, joined
 
 __all__ = ["bake_", "check_mergeable", "check_restorable", "guard", "merge", "refuse_loading", "restore_", "unmerge"]
+
+_BLOCK = 1 << 17  # elements of a weight that are merged at a time: they stay in a core's cache
 
 
 def merge(model: nn.Module) -> dict[str, float]:
     """Add each adapter's delta to its weight, in place: ``W = W0 + delta_weight()``, after which `forward` is a plain linear.
 
     The sum is made in fp32 or wider and rounded once to the weight's dtype. Each layer keeps a copy of its base weight, so a
-    merged model takes twice the memory of its adapted weights (and for the time of merging a few copies of one layer's weight
-    in fp32); ``eject(model, merge=True)`` keeps none. While merged, `state_dict` holds the base weight; loading into the
-    model, resetting an adapter, and a forward in training mode with gradients are a `StateError`. Layers that are merged
-    already stay as they are.
+    merged model takes twice the memory of its adapted weights; ``eject(model, merge=True)`` keeps none. While merged,
+    `state_dict` holds the base weight; loading into the model, resetting an adapter, and a forward in training mode with
+    gradients are a `StateError`. Layers that are merged already stay as they are.
 
     Args:
         model: an adapted model, or a part of one; a weight that is shared with something outside of it is not recognised.
@@ -45,18 +47,17 @@ def merge(model: nn.Module) -> dict[str, float]:
     errors, done = {}, []
     try:
         for name, layer in layers.items():
-            if not layer.merged:
+            if fresh := not layer.merged:
                 with torch.inference_mode(False):
                     layer.register_buffer("miss_base", layer.weight.detach().clone(), persistent=False)
                 done.append(layer)
-                bake_(layer)
-            errors[name] = _rounding_error(layer)
+            errors[name] = _add_to_base_(layer, write=fresh)
     except BaseException:  # out of memory, or interrupted
         for layer in done:
             restore_(layer)
         raise
     guard(model)
-    return {name: float(error) for name, error in errors.items()}
+    return errors
 
 
 def unmerge(model: nn.Module) -> None:
@@ -101,7 +102,9 @@ def check_restorable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> N
 def bake_(layer: AdaptedLinear) -> None:
     """Add the delta to the weight of a layer that has been checked; nothing is kept."""
     with torch.inference_mode(False), torch.no_grad():
-        layer.weight.copy_(_sum(layer))
+        for rows, delta in _deltas(layer):
+            weight = layer.weight.detach()[rows]
+            torch.add(weight.to(delta.dtype), delta, out=weight)
 
 
 def restore_(layer: AdaptedLinear) -> None:
@@ -136,30 +139,35 @@ def _holds_merged(module: nn.Module) -> bool:
     return any(isinstance(inner, AdaptedLinear) and inner.merged for inner in module.modules())
 
 
-def _wide(layer: AdaptedLinear) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(layer.weight.dtype, layer.miss_D.dtype), torch.float32)
+def _deltas(layer: AdaptedLinear) -> Iterator[tuple[slice, Tensor]]:
+    """`delta_weight` in fp32 or wider, some rows at a time: which rows, and their delta."""
+    o, i = layer.out_features, layer.in_features
+    wide = torch.promote_types(torch.promote_types(layer.weight.dtype, layer.miss_D.dtype), torch.float32)
+    d = layer.scale * layer.miss_D.detach().to(wide)
+    numbers = torch.arange(len(d), device=d.device)[:, None]
+    shares_columns = layer.shared_axis == 1
+    source = (cycle_rows if shares_columns else expand_shards)(numbers, o).squeeze(1)  # the row of D for each row of the delta
+    step = max(1, _BLOCK // max(1, i))
+    for start in range(0, o, step):
+        rows = slice(start, start + step)
+        yield rows, expand_blocks(d[source[rows]], i) if shares_columns else d[source[rows]]
 
 
-def _delta(layer: AdaptedLinear) -> Tensor:
-    """`delta_weight`, computed in fp32 or wider."""
-    return layer.dense(layer.scale * layer.miss_D.detach().to(_wide(layer)))
-
-
-def _sum(layer: AdaptedLinear) -> Tensor:
-    return (layer.weight.detach() + _delta(layer)).to(layer.weight.dtype)
-
-
-def _rounding_error(layer: AdaptedLinear) -> Tensor:
-    """What `merge` returns for a merged layer. Both norms are taken of multiples of the delta's largest element."""
-    delta = _delta(layer)
-    if not delta.numel():
-        return delta.new_zeros(())
-    unit = delta.abs().amax()
-    unit = unit.where(unit > 0, 1)
-    lost = layer.weight.detach().to(delta.dtype) - layer.miss_base - delta
-    size: Tensor = torch.linalg.vector_norm(delta / unit)
-    error: Tensor = torch.linalg.vector_norm(lost / unit) / size.where(size > 0, 1)
-    return error
+def _add_to_base_(layer: AdaptedLinear, write: bool) -> float:
+    """Set the weight of a layer, which has kept its base, to the sum, if ``write``; return the relative error of rounding."""
+    weight, base = layer.weight.detach(), layer.miss_base
+    largest = abs(layer.scale) * _largest(layer.miss_D.detach()) if weight.numel() else 0.0
+    unit = largest if largest and not 1e-8 < largest < 1e8 else 1.0  # or squares would leave the range of fp32
+    lost2 = size2 = 0.0
+    with torch.inference_mode(False), torch.no_grad():
+        for rows, delta in _deltas(layer):
+            before = base[rows].to(delta.dtype)
+            if write:
+                torch.add(before, delta, out=weight[rows])
+            lost = (weight[rows].to(delta.dtype) - before).sub_(delta)
+            lost2 += float(torch.linalg.vector_norm(lost / unit if unit != 1 else lost)) ** 2
+            size2 += float(torch.linalg.vector_norm(delta / unit if unit != 1 else delta)) ** 2
+    return math.sqrt(lost2 / (size2 or 1.0))
 
 
 def _unrestorable(layer: AdaptedLinear) -> str | None:
@@ -198,7 +206,9 @@ def _not_finite(layer: AdaptedLinear) -> str | None:
     if not math.isfinite(largest):
         return "miss_D is not finite"
     bound = _largest(weight) + abs(layer.scale) * largest  # cheap, and nearly always enough
-    if not bound <= torch.finfo(weight.dtype).max and not torch.isfinite(_sum(layer)).all():
+    if bound <= torch.finfo(weight.dtype).max:
+        return None
+    if not all(torch.isfinite((weight[rows] + delta).to(weight.dtype)).all() for rows, delta in _deltas(layer)):
         return f"the sum of weight and delta is not finite in {weight.dtype}"
     return None
 
