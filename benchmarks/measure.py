@@ -1,6 +1,15 @@
 """What the benchmarks measure with: bytes counted exactly, times of competitors interleaved in one process."""
 
-from collections.abc import Callable
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,3 +39,59 @@ def peak_bytes(step: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds per call of each step in each round. A round runs every step once, from another one on each time."""
+    names, times = list(steps), {name: [] for name in steps}
+    for turn in range(-2, rounds):  # two rounds to warm up
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                steps[name]()
+            if turn >= 0:
+                times[name].append((time.perf_counter() - start) / repeats)
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Of each step to ``base``: that of the minima, the median of the pairs of one round, and the quartiles of these."""
+    result = {}
+    for name, own in times.items():
+        pairs = [mine / other for mine, other in zip(own, times[base])]
+        low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
+        minimum = min(own) / min(times[base])
+        result[name] = {"min": minimum, "median": median, "quartiles": [low, high], "ms": 1e3 * statistics.median(own)}
+    return result
+
+
+def environment() -> dict[str, object]:
+    """Where and with what a benchmark ran."""
+    names = ("torch", "einops", "peft", "loralib", "transformers")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    described = subprocess.run(git, capture_output=True, text=True)
+    return {
+        "commit": described.stdout.strip() or None,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names if importlib.util.find_spec(name)},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def need(extra: str, *modules: str) -> None:
+    """Leave with what to install where a module is missing."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        sys.exit(f"missing: {', '.join(missing)}; {extra}")

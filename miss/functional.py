@@ -295,4 +295,4 @@ def scaled(d: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """``factor * d``, multiplied in fp32 or wider and rounded once to ``dtype``."""
     if factor != 1:
         d = d.to(torch.promote_types(d.dtype, torch.float32)) * factor
-    return d.to(dtype)
+    return d if d.dtype == dtype else d.to(dtype)

@@ -6,6 +6,7 @@ the base's, so that nothing of their width is held twice; and of its input MiSSe
 """
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from miss.functional import misse_linear as plain_misse
 
 __all__ = ["fits", "miss_linear", "misse_linear"]
 
+_ORDINARY = (Tensor, nn.Parameter)
+
 # Whether vmap, grad or another transform of torch.func is at work. torch has no public name for it; without it we say yes.
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -26,10 +29,10 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
     """Whether the fast path applies: ordinary tensors that meet in one dtype, a frozen weight, ordinary execution."""
     if torch.compiler.is_compiling() or _transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    tensors = (x, weight, d) if bias is None else (x, weight, d, bias)
-    if weight.requires_grad or not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
-        return False
-    return _compute_dtype(x) == _compute_dtype(weight)
+    ordinary = (
+        type(x) in _ORDINARY and type(weight) in _ORDINARY and type(d) in _ORDINARY and type(bias) in (*_ORDINARY, NoneType)
+    )
+    return ordinary and not weight.requires_grad and _compute_dtype(x) == _compute_dtype(weight)
 
 
 def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
@@ -64,17 +67,24 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _misse(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     y = _base(x, weight, bias)
-    rank = d.shape[1]
-    if x.dtype == torch.float16 or x.shape[-1] % rank:
-        s = block_reduce(x, rank, y.dtype)
-    else:  # einops takes as long to parse its pattern as a small layer to compute
-        s = x.view(*x.shape[:-1], x.shape[-1] // rank, rank).sum(-2).to(y.dtype)
-    factor = scale * block_factor(x.shape[-1], rank, y.dtype)
+    s = _block_reduce(x, d.shape[1], y.dtype)
+    factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype)
     if _few(x, d, y.dtype):
         y.add_(F.linear(_times(s.to(d.dtype), factor), d))
     else:
         y.view(-1, y.shape[-1]).addmm_(_rows(s), scaled(d, factor, y.dtype).t())
     return y, s
+
+
+def _block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """As in `miss.functional`, but for fp16 without einops, which takes as long to parse a pattern as a small layer takes."""
+    if dtype == torch.float16:
+        return block_reduce(x, rank, dtype)
+    blocks, rest = divmod(x.shape[-1], rank)
+    s = (x[..., :-rest] if rest else x).view(*x.shape[:-1], blocks, rank).sum(-2)
+    if rest:
+        s[..., :rest].add_(x[..., -rest:])
+    return s.to(dtype)
 
 
 def _miss(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
@@ -208,25 +218,27 @@ def _in_place() -> bool:
 
 
 def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
-    """Whether D has to be cast to ``dtype``, and it is cheaper to cast what is multiplied by it: fewer rows than D is long."""
+    """Whether D is wider than ``dtype``, and it is cheaper to widen what is multiplied by it: fewer rows than D is long."""
     return dtype != d.dtype and torch.promote_types(dtype, d.dtype) == d.dtype and x.numel() < min(d.shape) * x.shape[-1]
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which `F.linear` takes ``tensor``, which is not its own under `torch.autocast`."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
         return tensor.dtype
     return torch.get_autocast_dtype(kind)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = _compute_dtype(x)
+    if x.dtype == weight.dtype == dtype:
+        return x, weight, bias
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
