@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,8 +29,13 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     return sum(size for storage, size in saved.items() if storage not in own)
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most that ``step`` holds at one time beyond what was there before: from the CPU allocator's events, in their order."""
+def peak_bytes(step: Callable[[], object], clear: Iterable[Tensor] = ()) -> int:
+    """The most that ``step`` holds at one time beyond what was there before, once the gradients of ``clear`` were let go.
+
+    It is counted from the events of the CPU's allocator, in their order.
+    """
+    for tensor in clear:
+        tensor.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -39,7 +39,9 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Names leave out the wrappers of `torch.compile`, data parallelism and activation checkpointing, recognised by type; a
     wrapper and what it wraps have the same name.
     """
-    yield from _walk(model, "", (), Counter())
+    found: list[tuple[str, nn.Module]] = []
+    _walk(model, "", set(), Counter(), _wrappers(), found)
+    yield from found
 
 
 def instances(model: nn.Module, kind: type[M]) -> dict[str, M]:
@@ -58,7 +60,8 @@ def joined(name: str, key: str) -> str:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside the wrappers that `walk` leaves out of names."""
-    while (key := _wrapped_child(model)) is not None:
+    wrappers = _wrappers()
+    while (key := _wrapped_child(model, wrappers)) is not None:
         model = getattr(model, key)
     return model
 
@@ -136,30 +139,44 @@ def resolve(model: nn.Module, targets: Targets, argument: str) -> list[nn.Module
 _FORMS = "a str, compiled pattern, module type, callable(name, module), or an iterable of these"
 
 
-def _walk(module: nn.Module, name: str, above: tuple[nn.Module, ...], visits: Counter[int]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(
+    module: nn.Module,
+    name: str,
+    above: set[int],
+    visits: Counter[int],
+    wrappers: dict[type, str],
+    found: list[tuple[str, nn.Module]],
+) -> None:
     visits[id(module)] += 1
     if visits[id(module)] > MOST_NAMES:
         return
-    yield name, module
-    wrapped = _wrapped_child(module)
+    found.append((name, module))
+    wrapped = _wrapped_child(module, wrappers)
+    above.add(id(module))
     for key, child in module._modules.items():
-        if child is not None and not any(child is parent for parent in (*above, module)):
-            child_name = name if key == wrapped else joined(name, key)
-            yield from _walk(child, child_name, (*above, module), visits)
+        if child is not None and id(child) not in above:
+            _walk(child, name if key == wrapped else joined(name, key), above, visits, wrappers, found)
+    above.remove(id(module))
 
 
-def _wrapped_child(module: nn.Module) -> str | None:
-    """The attribute under which a transparent wrapper keeps the module that it wraps; None for any other module."""
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return "module"
+def _wrappers() -> dict[type, str]:
+    """The transparent wrappers, and the attribute under which each keeps the module that it wraps."""
+    kinds: dict[type, str] = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module"}
     # Types that are costly to import; where their module was never loaded there is no instance of them.
     for home, kind, key in (
         ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
         ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
     ):
-        if isinstance(module, getattr(sys.modules.get(home), kind, ())):
-            return key
-    return None
+        if home in sys.modules:
+            kinds[getattr(sys.modules[home], kind)] = key
+    return kinds
+
+
+def _wrapped_child(module: nn.Module, wrappers: dict[type, str]) -> str | None:
+    """The attribute under which a transparent wrapper keeps its module; None for any other module."""
+    if not isinstance(module, tuple(wrappers)):
+        return None
+    return next(key for kind, key in wrappers.items() if isinstance(module, kind))
 
 
 def _listed(targets: Targets, argument: str) -> list[Target]:

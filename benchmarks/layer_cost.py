@@ -1,0 +1,222 @@
+"""What one adapted linear layer costs beside its frozen base, and beside the layers of PEFT and loralib.
+
+A step is forward and backward with the gradient of the input; the base is a frozen `nn.Linear`. All competitors share one
+base weight, and but for the output-sharded MiSS compute one function, which is asserted before anything is timed: a LoRA
+whose A is the fixed 0/1 matrix of MiSSe has the same output, and the same cost as any other. Times are interleaved in one
+process; bytes are counted, not sampled.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure import environment, interleaved, need, peak_bytes, ratios, saved_bytes, table
+from miss import MiSSeLinear, MiSSLinear
+from miss.functional import misse_factors
+
+RANK = 64
+BASE, OURS, PEER, LORA = "base", "miss MiSSe", "PEFT MiSS", "PEFT LoRA"
+INSTALL = 'pip install "miss-torch[benchmark]"'
+
+
+class Shape(NamedTuple):
+    """A layer to measure."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.in_features} -> {self.out_features} {str(self.dtype).removeprefix('torch.')}"
+
+
+SHAPES = [Shape(1024, 1024), Shape(1024, 4096), Shape(4096, 1024), Shape(1024, 4096, torch.bfloat16)]
+SHAPES += [Shape(4096, 11008), Shape(576, 1536), Shape(1000, 1500)]
+QUICK = [Shape(1024, 1024), Shape(1024, 4096, torch.bfloat16), Shape(1000, 1500)]
+
+
+class Holder(nn.Module):
+    """PEFT adapts the layers inside of a model."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def competitors(shape: Shape) -> dict[str, nn.Module]:
+    """The layers by name, over one base weight; adapters are random, and equal where the method is."""
+    import loralib
+    import peft
+
+    base = nn.Linear(shape.in_features, shape.out_features, dtype=shape.dtype).requires_grad_(False)
+
+    def twin() -> nn.Linear:
+        layer = nn.Linear(shape.in_features, shape.out_features, dtype=shape.dtype, device="meta")
+        layer.weight, layer.bias = base.weight, base.bias
+        return layer
+
+    misse, miss = MiSSeLinear.adopt_(twin(), RANK), MiSSLinear.adopt_(twin(), RANK)
+    d = nn.init.normal_(misse.miss_D, std=0.01).detach()
+    nn.init.normal_(miss.miss_D, std=0.01)
+    a, b = misse_factors(d, shape.in_features, shape.out_features)
+
+    peft_miss = peft.get_peft_model(Holder(twin()), peft.MissConfig(r=RANK, target_modules=["layer"])).base_model.model.layer
+    peft_miss.miss_block["default"].data = d.T.contiguous().clone()
+    lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"])
+    peft_lora = peft.get_peft_model(Holder(twin()), lora).base_model.model.layer
+    peft_lora.lora_A["default"].weight.data, peft_lora.lora_B["default"].weight.data = a.clone(), b.clone()
+
+    loralib_lora = loralib.Linear(shape.in_features, shape.out_features, r=RANK, lora_alpha=RANK, merge_weights=False)
+    loralib_lora.weight, loralib_lora.bias = base.weight, base.bias
+    loralib_lora.lora_A.data, loralib_lora.lora_B.data = a.to(shape.dtype), b.to(shape.dtype)  # it does not mix dtypes
+    layers = {BASE: base, OURS: misse, "miss MiSS": miss, PEER: peft_miss, LORA: peft_lora, "loralib LoRA": loralib_lora}
+    check(layers, shape)
+    return layers
+
+
+def check(layers: dict[str, nn.Module], shape: Shape) -> None:
+    """Every output within rounding of the dense product in float64: eight roundings to the dtype, and those of its sums."""
+    x = torch.randn(5, shape.in_features, dtype=shape.dtype)
+    base, accumulator = layers[BASE], torch.finfo(torch.float32).eps * shape.in_features
+    for name, layer in layers.items():
+        if name != BASE:
+            delta = layers["miss MiSS" if name == "miss MiSS" else OURS].delta_weight().detach().double()
+            exact = F.linear(x.double(), base.weight.double() + delta, base.bias.double())
+            size = F.linear(x.double().abs(), base.weight.double().abs() + delta.abs(), base.bias.double().abs())
+            bound = (8 * torch.finfo(shape.dtype).eps + accumulator) * size
+            assert ((layer(x).double() - exact).abs() <= bound).all(), f"{name} computes something else at {shape}"
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """Forward and backward from clean gradients."""
+    held = [x, *layer.parameters()]
+
+    def run() -> None:
+        for tensor in held:
+            tensor.grad = None
+        layer(x).backward(dy)
+
+    return run
+
+
+def steps(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[str, object]]:
+    """Time, transient peak and saved bytes of a step, for each competitor."""
+    for shape, t in itertools.product(shapes, tokens):
+        layers = competitors(shape)
+        x, dy = torch.randn(t, shape.in_features, dtype=shape.dtype), torch.randn(t, shape.out_features, dtype=shape.dtype)
+        runs = {name: step(layer, x.requires_grad_(), dy) for name, layer in layers.items()}
+        results = ratios(interleaved(runs, rounds), BASE)
+        for name, layer in layers.items():
+            results[name]["saved"] = saved_bytes(layer, x)
+            results[name]["peak"] = peak_bytes(runs[name], clear=[x, *layer.parameters()])
+            results[name]["gradients"] = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
+        yield {"shape": str(shape), "tokens": t, "bound": bound(shape), "results": results}
+
+
+def bound(shape: Shape) -> float:
+    """Time of a factored step over the base's, were all products equally fast: per token 2 of k d, and 3 more of r d."""
+    return 1 + 1.5 * RANK / shape.in_features
+
+
+def forwards(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[str, object]]:
+    """Time of a forward without gradients."""
+    for shape, t in itertools.product(shapes, tokens):
+        x, layers = torch.randn(t, shape.in_features, dtype=shape.dtype), competitors(shape)
+        repeats = max(1, int(1e8 / (t * shape.in_features * shape.out_features)))
+        with torch.no_grad():
+            runs = {name: functools.partial(layer, x) for name, layer in layers.items()}
+            yield {"shape": str(shape), "tokens": t, "results": ratios(interleaved(runs, 3 * rounds, repeats), BASE)}
+
+
+def compiled(shapes: list[Shape], tokens: int, rounds: int) -> Iterator[dict[str, object]]:
+    """Time of a step under `torch.compile`, where the plain path is taken and the compiler fuses."""
+    for shape in shapes:
+        layers = {name: layer for name, layer in competitors(shape).items() if name != "loralib LoRA"}
+        x, dy = (
+            torch.randn(tokens, shape.in_features, dtype=shape.dtype),
+            torch.randn(tokens, shape.out_features, dtype=shape.dtype),
+        )
+        torch.compiler.reset()
+        runs = {name: step(torch.compile(layer), x.requires_grad_(), dy) for name, layer in layers.items()}
+        yield {"shape": str(shape), "tokens": tokens, "results": ratios(interleaved(runs, rounds), BASE)}
+
+
+def overhead(rows: list[dict], name: str, how: str) -> float:
+    """Geometric mean of ``ratio - 1``; one that noise has put below a thousandth counts as that."""
+    return math.exp(statistics.fmean(math.log(max(row["results"][name][how] - 1, 1e-3)) for row in rows))
+
+
+def report(kind: str, rows: list[dict], names: list[str]) -> str:
+    """A table of ratios of medians (in brackets of minima) to the base, and the geometric means of the overheads."""
+    lines = []
+    for row in rows:
+        cells = [f"{row['results'][name]['median']:.3f} ({row['results'][name]['min']:.3f})" for name in names]
+        lines.append([row["shape"], row["tokens"], f"{row['results'][BASE]['ms']:.2f}", *cells])
+    for how in ("median", "min"):
+        means = {name: overhead(rows, name, how) for name in names}
+        cells = [f"{means[name]:.3f}" for name in names]
+        lines.append([f"overhead, geometric mean of {how}s", "", "", *cells])
+        shares = [f"{means[name] / means[PEER]:.2f} / {means[name] / means[LORA]:.2f}" for name in names]
+        lines.append([f"share of that of {PEER} / {LORA}", "", "", *shares])
+    return f"\n{kind}\n\n" + table(["layer", "tokens", "base, ms", *names], lines)
+
+
+def report_bytes(rows: list[dict], names: list[str]) -> str:
+    """A table of peaks, the adapter's own gradient left out, in units of the base's, and of saved bytes."""
+    lines = []
+    for row in rows:
+        peak = row["results"][BASE]["peak"]
+        own = [(row["results"][name]["peak"] - row["results"][name]["gradients"]) / peak for name in names]
+        saved = [row["results"][name]["saved"] / 2**20 for name in names]
+        cells = [f"{ratio:.2f}, {size:.2f}" for ratio, size in zip(own, saved)]
+        lines.append([row["shape"], row["tokens"], f"{peak / 2**20:.2f}", *cells])
+    return "\nPeak of a step over the base's, and saved for backward in MiB\n\n" + table(
+        ["layer", "tokens", "base, MiB", *names], lines
+    )
+
+
+def main() -> None:
+    """Measure, print tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three layers, two lengths, five rounds, one thread: under a minute")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path, help="where to write what was measured")
+    args = parser.parse_args()
+    need(INSTALL, "loralib", "peft")
+    shapes, tokens, rounds, threads = SHAPES, [128, 512, 2048], args.rounds, args.threads
+    if args.quick:
+        shapes, tokens, rounds, threads = QUICK, [128, 512], 5, [1]
+    torch.manual_seed(0)
+    result: dict[str, object] = {"environment": environment(), "rank": RANK, "rounds": rounds}
+    for count in threads:
+        torch.set_num_threads(count)
+        found = {
+            "step": list(steps(shapes, tokens, rounds)),
+            "forward": list(forwards(shapes, [1, 16, 256], rounds)),
+            "compiled": [] if args.quick else list(compiled(shapes[:2], 512, rounds)),
+        }
+        result[f"threads={count}"] = copy.deepcopy(found)
+        names = [name for name in found["step"][0]["results"] if name != BASE]
+        print(report(f"Step over the base's: median (minimum), {count} threads", found["step"], names))
+        print(report_bytes(found["step"], names))
+        print(report(f"Forward without gradients, {count} threads", found["forward"], names))
+        if found["compiled"]:
+            print(report(f"Compiled step, {count} threads", found["compiled"], names[:-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
