@@ -269,7 +269,8 @@ def _reduce(blocks: Tensor, rank: int, how: str) -> Tensor:
 
 def _shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]:
     """The runs of equal shards, larger first: ``(which shards, which outputs, outputs per shard)``."""
-    size, larger = divmod(int(out_features), int(shards))  # torch.jit.trace gives tensors
+    out_features, shards = int(out_features), int(shards)  # torch.jit.trace gives tensors
+    size, larger = out_features // shards, out_features % shards
     cut = larger * (size + 1)
     equal = (slice(larger, shards), slice(cut, out_features), size)
     return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]

@@ -19,20 +19,23 @@ from miss.functional import misse_linear as plain_misse
 
 __all__ = ["fits", "miss_linear", "misse_linear"]
 
-_ORDINARY = (Tensor, nn.Parameter)
-
-# Whether vmap, grad or another transform of torch.func is at work. torch has no public name for it; without it we say yes.
+_PLAIN = (Tensor, nn.Parameter)
+_PLAIN_OR_NONE = (*_PLAIN, NoneType)
+# Whether a transform of torch.func is at work, and how many dispatch modes (selective checkpointing, tracers, counters) look on.
+# torch has no public names for these; where they are missing, the answer is yes.
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_watched = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
-    """Whether the fast path applies: ordinary tensors that meet in one dtype, a frozen weight, ordinary execution."""
-    if torch.compiler.is_compiling() or _transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    """Whether the fast path applies: ordinary dense tensors that meet in one real dtype, a frozen weight, ordinary execution."""
+    if torch.compiler.is_compiling() or _transformed() or _watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    ordinary = (
-        type(x) in _ORDINARY and type(weight) in _ORDINARY and type(d) in _ORDINARY and type(bias) in (*_ORDINARY, NoneType)
-    )
-    return ordinary and not weight.requires_grad and _compute_dtype(x) == _compute_dtype(weight)
+    if not (type(x) in _PLAIN and type(weight) in _PLAIN and type(d) in _PLAIN and type(bias) in _PLAIN_OR_NONE):
+        return False
+    if weight.requires_grad or not x.layout == weight.layout == torch.strided or not weight.numel():
+        return False
+    return x.is_floating_point() and _compute_dtype(x) == _compute_dtype(weight)
 
 
 def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
@@ -47,26 +50,21 @@ def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scal
     Shape:
         ``(..., o)``.
     """
-    args = *_autocast(x, weight, bias), cycle_rows(d, len(weight)), scale
+    args = x, *_autocast(weight, bias), cycle_rows(d, len(weight)), scale
     y: Tensor = _MiSSe.apply(*args)[0] if torch.is_grad_enabled() else _misse(*args)[0]  # type: ignore[no-untyped-call]
     return y
 
 
 def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
     """``F.linear(x, weight, bias) + scale * repeat(d x)`` (Eq. 3). Arguments as in `misse_linear`, but ``d`` is ``(n, i)``."""
-    args = *_autocast(x, weight, bias), d, scale
+    weight, bias = _autocast(weight, bias)
+    args = _cast(x, weight.dtype), weight, bias, d, scale
     y: Tensor = _MiSS.apply(*args) if torch.is_grad_enabled() else _miss(*args)  # type: ignore[no-untyped-call]
     return y
 
 
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The base's output; not as a view, which autograd would not let a user change in place when it comes out of a node."""
-    y = F.linear(x, weight, bias)
-    return y if y.dim() == 2 else y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's stubs lack it
-
-
 def _misse(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    y = _base(x, weight, bias)
+    y = F.linear(_cast(x, weight.dtype), weight, bias)
     s = _block_reduce(x, d.shape[1], y.dtype)
     factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype)
     if _few(x, d, y.dtype):
@@ -88,7 +86,7 @@ def _block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
 
 
 def _miss(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
-    y = _base(x, weight, bias)
+    y = F.linear(x, weight, bias)
     few = _few(x, d, y.dtype)
     return add_shards_(y, _times(F.linear(x.to(d.dtype), d), scale) if few else F.linear(x, scaled(d, scale, y.dtype)))
 
@@ -99,22 +97,20 @@ class _MiSSe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         y, s = _misse(x, weight, bias, d, scale)
-        ctx.scale = scale
-        ctx.save_for_backward(weight, d, s)
-        ctx.save_for_forward(x, weight, d)
-        ctx.set_materialize_grads(False)
-        return y, s
+        _save(ctx, x, weight, d, scale, s)
+        return _no_view(y), s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None and ds is None:
+            return (None,) * 5
         weight, d, s = ctx.saved_tensors
-        factor = ctx.scale * block_factor(weight.shape[1], d.shape[1], s.dtype)
         if dy is None:
-            dy = s.new_zeros(*s.shape[:-1], len(weight))
+            dy = s.new_zeros(*s.shape[:-1], ctx.out_features)
         need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
         dx = _misse_input_grad(dy, ds, weight, d, ctx.scale) if need_x else None
         dbias = _rows(dy).sum(0) if need_bias else None
-        dd = _adapter_grad(dy, s, factor, d.dtype) if need_d else None
+        dd = _adapter_grad(dy, s, ctx.scale * ctx.factor, ctx.dtype) if need_d else None
         return dx, None, dbias, dd, None
 
     @staticmethod
@@ -125,21 +121,23 @@ class _MiSSe(torch.autograd.Function):
 
 
 class _MiSS(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, d)
-        ctx.save_for_forward(x, weight, d)
-        return _miss(x, weight, bias, d, scale)
+    """The output ``y``."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, d = ctx.saved_tensors
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+        _save(ctx, x, weight, d, scale, x)
+        return _no_view(_miss(x, weight, bias, d, scale))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        weight, d, x = ctx.saved_tensors
         need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
-        dz = shard_sum(dy, len(d))
+        dz = shard_sum(dy, ctx.rank)
         dx = _miss_input_grad(dy, dz, weight, scaled(d, ctx.scale, dy.dtype)) if need_x else None
         dbias = _rows(dy).sum(0) if need_bias else None
-        dd = _adapter_grad(dz, x, ctx.scale, d.dtype) if need_d else None
+        dd = _adapter_grad(dz, x, ctx.scale, ctx.dtype) if need_d else None
         return dx, None, dbias, dd, None
 
     @staticmethod
@@ -147,12 +145,27 @@ class _MiSS(torch.autograd.Function):
         return _tangent(plain_miss, ctx, *tangents)
 
 
+def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Tensor) -> None:
+    """Keep what the backward will read, and nothing else: ``by_d`` is what multiplies D, for its gradient."""
+    need_x, _, _, need_d, _ = ctx.needs_input_grad
+    ctx.save_for_backward(weight if need_x else None, d if need_x else None, by_d if need_d else None)
+    ctx.save_for_forward(x, weight, d)
+    ctx.set_materialize_grads(False)
+    ctx.scale, ctx.dtype, ctx.rank, ctx.out_features = scale, d.dtype, len(d), len(weight)
+    ctx.factor = block_factor(x.shape[-1], d.shape[1], weight.dtype)
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """``y`` as a tensor of its own: autograd would not let a user change a view in place that comes out of a node."""
+    return y if y.dim() == 2 else y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
 def _tangent(plain: Callable[..., Tensor], ctx: Any, x_t: Any, weight_t: Any, bias_t: Any, d_t: Any, _: None) -> Tensor:
     """The output is linear in the input and the bias, and in the weight and D."""
     x, weight, d = ctx.saved_tensors
     x_t, weight_t, d_t = (torch.zeros_like(of) if t is None else t for t, of in ((x_t, x), (weight_t, weight), (d_t, d)))
-    first = plain(x_t, F.linear(x_t, weight, bias_t), d, ctx.scale)
-    return first + plain(x, F.linear(x, weight_t), d_t, ctx.scale)
+    first = plain(x_t, F.linear(_cast(x_t, weight.dtype), weight, bias_t), d, ctx.scale)
+    return first + plain(x, F.linear(_cast(x, weight.dtype), weight_t), d_t, ctx.scale)
 
 
 def _misse_input_grad(dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float) -> Tensor:
@@ -161,9 +174,9 @@ def _misse_input_grad(dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, 
     d = scaled(d, scale * factor, dy.dtype)
     if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
         return _input_grad_by_tiles(dy, weight, d, rows)
-    ds = _times(dy @ d if ds is None else dy @ d + ds, 1 / factor)
+    part = _times(dy @ d if ds is None else dy @ d + ds, 1 / factor)
     dx = dy @ weight
-    return add_blocks_(dx, ds) if _in_place() else dx + expand_blocks(ds, dx.shape[-1])
+    return add_blocks_(dx, part) if ds is None and _in_place() else dx + expand_blocks(part, dx.shape[-1])
 
 
 def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
@@ -193,7 +206,7 @@ def _tile_rows(dy: Tensor, weight: Tensor, d: Tensor) -> int:
 def _miss_input_grad(dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor:
     """``dy (weight + expand_shards(d))``, with ``dz = shard_sum(dy)``."""
     dx = dy @ weight
-    if not _in_place():
+    if not _in_place() or dx.dtype != d.dtype:  # in a backward under autocast
         return dx + dz @ d
     dx.view(-1, dx.shape[-1]).addmm_(_rows(dz), d)
     return dx
@@ -213,28 +226,30 @@ def _adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> T
 
 
 def _in_place() -> bool:
-    """Whether a backward may write in place: it is not to be differentiated itself, and does not run under `torch.vmap`."""
-    return not torch.is_grad_enabled() and not _transformed()
+    """Whether a backward may write in place: it is not to be differentiated itself, transformed, or watched."""
+    return not torch.is_grad_enabled() and not _transformed() and not _watched()
 
 
 def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
-    """Whether D is wider than ``dtype``, and it is cheaper to widen what is multiplied by it: fewer rows than D is long."""
-    return dtype != d.dtype and torch.promote_types(dtype, d.dtype) == d.dtype and x.numel() < min(d.shape) * x.shape[-1]
+    """Whether D is wider than ``dtype``, and it is cheaper to widen what is multiplied by it: rows by the eighth of its rank."""
+    return dtype != d.dtype and torch.promote_types(dtype, d.dtype) == d.dtype and 8 * x.numel() < min(d.shape) * x.shape[-1]
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which `F.linear` takes ``tensor``, which is not its own under `torch.autocast`."""
+    """The dtype in which `F.linear` takes a real ``tensor``, which is not its own under `torch.autocast`."""
     kind = tensor.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
         return tensor.dtype
     return torch.get_autocast_dtype(kind)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = _compute_dtype(x)
-    if x.dtype == weight.dtype == dtype:
-        return x, weight, bias
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+def _autocast(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dtype = _compute_dtype(weight)
+    return _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
