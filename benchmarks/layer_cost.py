@@ -7,7 +7,6 @@ process; bytes are counted, not sampled.
 """
 
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -21,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import environment, interleaved, need, peak_bytes, ratios, saved_bytes, table
+from measure import environment, interleaved, need, peak_bytes, ratios, saved_bytes, table
 from miss import MiSSeLinear, MiSSLinear
 from miss.functional import misse_factors
 
 RANK = 64
-BASE, OURS, PEER, LORA = "base", "miss MiSSe", "PEFT MiSS", "PEFT LoRA"
+BASE, OURS, FORM, PEER, LORA = "base", "miss MiSSe", "miss MiSS", "PEFT MiSS", "PEFT LoRA"
 INSTALL = 'pip install "miss-torch[benchmark]"'
 
 
@@ -80,7 +79,7 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
     loralib_lora = loralib.Linear(shape.in_features, shape.out_features, r=RANK, lora_alpha=RANK, merge_weights=False)
     loralib_lora.weight, loralib_lora.bias = base.weight, base.bias
     loralib_lora.lora_A.data, loralib_lora.lora_B.data = a.to(shape.dtype), b.to(shape.dtype)  # it does not mix dtypes
-    layers = {BASE: base, OURS: misse, "miss MiSS": miss, PEER: peft_miss, LORA: peft_lora, "loralib LoRA": loralib_lora}
+    layers = {BASE: base, OURS: misse, FORM: miss, PEER: peft_miss, LORA: peft_lora, "loralib LoRA": loralib_lora}
     check(layers, shape)
     return layers
 
@@ -91,7 +90,7 @@ def check(layers: dict[str, nn.Module], shape: Shape) -> None:
     base, accumulator = layers[BASE], torch.finfo(torch.float32).eps * shape.in_features
     for name, layer in layers.items():
         if name != BASE:
-            delta = layers["miss MiSS" if name == "miss MiSS" else OURS].delta_weight().detach().double()
+            delta = layers[FORM if name == FORM else OURS].delta_weight().detach().double()
             exact = F.linear(x.double(), base.weight.double() + delta, base.bias.double())
             size = F.linear(x.double().abs(), base.weight.double().abs() + delta.abs(), base.bias.double().abs())
             bound = (8 * torch.finfo(shape.dtype).eps + accumulator) * size
@@ -121,22 +120,17 @@ def steps(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[
             results[name]["saved"] = saved_bytes(layer, x)
             results[name]["peak"] = peak_bytes(runs[name], clear=[x, *layer.parameters()])
             results[name]["gradients"] = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
-        yield {"shape": str(shape), "tokens": t, "bound": bound(shape), "results": results}
-
-
-def bound(shape: Shape) -> float:
-    """Time of a factored step over the base's, were all products equally fast: per token 2 of k d, and 3 more of r d."""
-    return 1 + 1.5 * RANK / shape.in_features
+        yield {"shape": str(shape), "tokens": t, "results": results}
 
 
 def forwards(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[str, object]]:
     """Time of a forward without gradients."""
     for shape, t in itertools.product(shapes, tokens):
         x, layers = torch.randn(t, shape.in_features, dtype=shape.dtype), competitors(shape)
-        repeats = max(1, int(1e8 / (t * shape.in_features * shape.out_features)))
+        repeats = max(1, int(1e8 / (t * shape.in_features * shape.out_features)))  # some milliseconds, for small layers too
         with torch.no_grad():
-            runs = {name: functools.partial(layer, x) for name, layer in layers.items()}
-            yield {"shape": str(shape), "tokens": t, "results": ratios(interleaved(runs, 3 * rounds, repeats), BASE)}
+            times = interleaved({name: functools.partial(layer, x) for name, layer in layers.items()}, 3 * rounds, repeats)
+        yield {"shape": str(shape), "tokens": t, "results": ratios(times, BASE)}
 
 
 def compiled(shapes: list[Shape], tokens: int, rounds: int) -> Iterator[dict[str, object]]:
@@ -158,7 +152,7 @@ def overhead(rows: list[dict], name: str, how: str) -> float:
 
 
 def report(kind: str, rows: list[dict], names: list[str]) -> str:
-    """A table of ratios of medians (in brackets of minima) to the base, and the geometric means of the overheads."""
+    """A table of the median ratio to the base (in brackets the ratio of the minima), and geometric means of the overheads."""
     lines = []
     for row in rows:
         cells = [f"{row['results'][name]['median']:.3f} ({row['results'][name]['min']:.3f})" for name in names]
@@ -186,15 +180,52 @@ def report_bytes(rows: list[dict], names: list[str]) -> str:
     )
 
 
+def tables(found: dict, threads: int) -> str:
+    """All tables of one number of threads."""
+    names, count = [name for name in found["step"][0]["results"] if name != BASE], f"{threads} thread{'s' * (threads > 1)}"
+    parts = [
+        report(f"Step over the base's, {count}: median (minimum)", found["step"], names),
+        report_bytes(found["step"], names),
+        report(f"Forward without gradients over the base's, {count}: median (minimum)", found["forward"], names),
+    ]
+    if found["compiled"]:
+        parts.append(report(f"Compiled step over the compiled base's, {count}: median (minimum)", found["compiled"], names[:-1]))
+    return "\n".join(parts)
+
+
+def overview(result: dict) -> str:
+    """Overheads, geometric means over all layers and lengths, as shares of the peers', and where a layer is slower."""
+    lines = []
+    for key, found in result.items():
+        if key.startswith("threads="):
+            for kind in ("step", "forward"):
+                for how in ("median", "min"):
+                    rows = found[kind]
+                    means = {name: overhead(rows, name, how) for name in rows[0]["results"] if name != BASE}
+                    shares = [f"{means[name] / means[peer]:.2f}" for name in (OURS, FORM) for peer in (PEER, LORA)]
+                    slower = sum(row["results"][OURS][how] > row["results"][PEER][how] for row in rows)
+                    lines.append([key.removeprefix("threads="), kind, how, *shares, f"{slower} of {len(rows)}"])
+    head = [
+        "threads",
+        "of",
+        "by",
+        *(f"{name} / {peer}" for name in (OURS, FORM) for peer in (PEER, LORA)),
+        f"{OURS} slower than {PEER}",
+    ]
+    return table(head, lines)
+
+
 def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three layers, two lengths, five rounds, one thread: under a minute")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="at least 2")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     args = parser.parse_args()
     need(INSTALL, "loralib", "peft")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
     shapes, tokens, rounds, threads = SHAPES, [128, 512, 2048], args.rounds, args.threads
     if args.quick:
         shapes, tokens, rounds, threads = QUICK, [128, 512], 5, [1]
@@ -207,13 +238,9 @@ def main() -> None:
             "forward": list(forwards(shapes, [1, 16, 256], rounds)),
             "compiled": [] if args.quick else list(compiled(shapes[:2], 512, rounds)),
         }
-        result[f"threads={count}"] = copy.deepcopy(found)
-        names = [name for name in found["step"][0]["results"] if name != BASE]
-        print(report(f"Step over the base's: median (minimum), {count} threads", found["step"], names))
-        print(report_bytes(found["step"], names))
-        print(report(f"Forward without gradients, {count} threads", found["forward"], names))
-        if found["compiled"]:
-            print(report(f"Compiled step, {count} threads", found["compiled"], names[:-1]), flush=True)
+        result[f"threads={count}"] = found
+        print(tables(found, count), flush=True)
+    print("\nOverhead, geometric mean over layers and lengths, as a share of a peer's\n\n" + overview(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

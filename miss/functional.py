@@ -1,4 +1,4 @@
-"""The maths of MiSS as pure functions on tensors (arXiv 2409.15371, section 4). All reshaping of the package is here.
+"""The maths of MiSS as pure functions on tensors (arXiv 2409.15371, section 4). Its reshaping is here.
 
 One letter per axis, here and everywhere:
 

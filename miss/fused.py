@@ -35,20 +35,27 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
         return False
     if weight.requires_grad or not x.layout == weight.layout == torch.strided or not weight.numel():
         return False
-    return x.is_floating_point() and _compute_dtype(x) == _compute_dtype(weight)
+    return x.is_floating_point() and (x.dtype == weight.dtype or _compute_dtype(x) == _compute_dtype(weight))
 
 
 def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
     """``F.linear(x, weight, bias) + scale * d S``, with ``S = block_sum(x)`` (Eq. 7).
 
+    Only for arguments that `fits`: nothing is checked here, and a weight that requires a gradient would get none. No argument
+    is changed.
+
     Args:
         x: the input, ``(..., i)``.
-        weight, bias: the base layer's, ``(o, i)`` and ``(o)``; the weight takes no gradient.
+        weight, bias: the base layer's, ``(o, i)`` and ``(o)``.
         d: ``(o, r)``, or ``(m, r)`` with fewer rows, which are cycled.
         scale: factor of the delta.
 
     Shape:
         ``(..., o)``.
+
+    >>> x, weight, d = torch.ones(1, 4), torch.zeros(1, 4), torch.ones(1, 2)
+    >>> misse_linear(x, weight, None, d, scale=0.5)  # S = (2, 2)
+    tensor([[2.]])
     """
     args = x, *_autocast(weight, bias), cycle_rows(d, len(weight)), scale
     y: Tensor = _MiSSe.apply(*args)[0] if torch.is_grad_enabled() else _misse(*args)[0]  # type: ignore[no-untyped-call]
@@ -108,7 +115,7 @@ class _MiSSe(torch.autograd.Function):
         if dy is None:
             dy = s.new_zeros(*s.shape[:-1], ctx.out_features)
         need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
-        dx = _misse_input_grad(dy, ds, weight, d, ctx.scale) if need_x else None
+        dx = _misse_input_grad(dy, ds, weight, d, ctx.scale, ctx.factor) if need_x else None
         dbias = _rows(dy).sum(0) if need_bias else None
         dd = _adapter_grad(dy, s, ctx.scale * ctx.factor, ctx.dtype) if need_d else None
         return dx, None, dbias, dd, None
@@ -168,13 +175,12 @@ def _tangent(plain: Callable[..., Tensor], ctx: Any, x_t: Any, weight_t: Any, bi
     return first + plain(x, F.linear(_cast(x, weight.dtype), weight_t), d_t, ctx.scale)
 
 
-def _misse_input_grad(dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float) -> Tensor:
-    """``dy (weight + expand_blocks(scale * d))``, and what comes by ``S``."""
-    factor = block_factor(weight.shape[1], d.shape[1], dy.dtype)
-    d = scaled(d, scale * factor, dy.dtype)
+def _misse_input_grad(dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float) -> Tensor:
+    """``dy (weight + expand_blocks(scale * d))``, and what comes by ``S``, which is the block sum over ``factor``."""
+    d = scaled(d, scale, dy.dtype)
     if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
         return _input_grad_by_tiles(dy, weight, d, rows)
-    part = _times(dy @ d if ds is None else dy @ d + ds, 1 / factor)
+    part = dy @ d if ds is None else dy @ d + _times(ds, 1 / factor)
     dx = dy @ weight
     return add_blocks_(dx, part) if ds is None and _in_place() else dx + expand_blocks(part, dx.shape[-1])
 
@@ -193,14 +199,14 @@ def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Te
 def _tile_rows(dy: Tensor, weight: Tensor, d: Tensor) -> int:
     """How many rows of the weight make a tile; 0 where tiles do not pay, or would round D to half precision.
 
-    A tile and ``S`` take at most a tenth of what the base's output and gradient take; products of fewer than 96 rows lose
+    A tile and ``S`` take at most a twelfth of what the base's output and gradient take; products of fewer than 192 rows lose
     their speed. Measured on CPUs, and for them only.
     """
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return 0
     o, i = weight.shape
     rows = dy.numel() // o * ((i + o) // 12 - d.shape[1]) // i
-    return min(rows, 512) if rows >= 96 else 0
+    return min(rows, 512, o) if rows >= 192 else 0
 
 
 def _miss_input_grad(dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor:
@@ -221,8 +227,9 @@ def _adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> T
     narrow, wide, out = (s, dy, dd.t()) if len(dd) > dd.shape[1] else (dy, s, dd)
     for start in range(0, out.shape[1], 512):
         part = 1, start, min(512, out.shape[1] - start)
-        out.narrow(*part).copy_(narrow.t() @ wide.narrow(*part))
-    return dd if factor == 1 else dd.mul_(factor)
+        product = narrow.t() @ wide.narrow(*part)
+        out.narrow(*part).copy_(product if factor == 1 else scaled(product, factor, dtype))
+    return dd
 
 
 def _in_place() -> bool:

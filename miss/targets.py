@@ -150,7 +150,7 @@ def _walk(
     visits[id(module)] += 1
     if visits[id(module)] > MOST_NAMES:
         return
-    found.append((name, module))
+    found.append((name, module))  # a list, as nested generators would pass each module up through every level
     wrapped = _wrapped_child(module, wrappers)
     above.add(id(module))
     for key, child in module._modules.items():

@@ -1,0 +1,24 @@
+"""The numbers in the documentation are those that the benchmarks wrote."""
+
+import json
+import pathlib
+
+import layer_cost
+import model_cost
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_tables_of_the_performance_page_are_the_results():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    layers, model = result("layer_cost"), result("model_cost")
+    for threads in (1, 2):
+        assert layer_cost.tables(layers[f"threads={threads}"], threads) in page
+    assert layer_cost.overview(layers) in page
+    assert model_cost.report(model) in page
+    for found in (layers, model):
+        assert "dirty" not in found["environment"]["commit"]
