@@ -229,6 +229,7 @@ def _adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> T
         part = 1, start, min(512, out.shape[1] - start)
         product = narrow.t() @ wide.narrow(*part)
         out.narrow(*part).copy_(product if factor == 1 else scaled(product, factor, dtype))
+        del product  # before the next one is made
     return dd
 
 
