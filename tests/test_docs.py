@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import layer_cost
-import model_cost
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -15,10 +14,7 @@ def result(name: str) -> dict:
 
 def test_tables_of_the_performance_page_are_the_results():
     page = (ROOT / "docs" / "performance.md").read_text()
-    layers, model = result("layer_cost"), result("model_cost")
+    layers = result("layer_cost")
     for threads in (1, 2):
         assert layer_cost.tables(layers[f"threads={threads}"], threads) in page
     assert layer_cost.overview(layers) in page
-    assert model_cost.report(model) in page
-    for found in (layers, model):
-        assert "dirty" not in found["environment"]["commit"]
