@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import layer_cost
+import model_cost
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -18,3 +19,4 @@ def test_tables_of_the_performance_page_are_the_results():
     for threads in (1, 2):
         assert layer_cost.tables(layers[f"threads={threads}"], threads) in page
     assert layer_cost.overview(layers) in page
+    assert model_cost.report(result("model_cost")) in page
