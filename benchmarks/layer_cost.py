@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measure import environment, interleaved, need, peak_bytes, ratios, saved_bytes, table
+from measure import environment, interleaved, peak_bytes, ratios, require_extras, saved_bytes, table
 from miss import MiSSeLinear, MiSSLinear
 from miss.functional import misse_factors
 
 RANK = 64
 BASE, OURS, FORM, PEER, LORA = "base", "miss MiSSe", "miss MiSS", "PEFT MiSS", "PEFT LoRA"
-INSTALL = 'pip install "miss-torch[benchmark]"'
+LORALIB = "loralib LoRA"
+EXTRAS = {'pip install "miss-torch[benchmark]"': ("loralib", "peft")}
 
 
 class Shape(NamedTuple):
@@ -79,7 +80,7 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
     loralib_lora = loralib.Linear(shape.in_features, shape.out_features, r=RANK, lora_alpha=RANK, merge_weights=False)
     loralib_lora.weight, loralib_lora.bias = base.weight, base.bias
     loralib_lora.lora_A.data, loralib_lora.lora_B.data = a.to(shape.dtype), b.to(shape.dtype)  # it does not mix dtypes
-    layers = {BASE: base, OURS: misse, FORM: miss, PEER: peft_miss, LORA: peft_lora, "loralib LoRA": loralib_lora}
+    layers = {BASE: base, OURS: misse, FORM: miss, PEER: peft_miss, LORA: peft_lora, LORALIB: loralib_lora}
     check(layers, shape)
     return layers
 
@@ -95,6 +96,12 @@ def check(layers: dict[str, nn.Module], shape: Shape) -> None:
             size = F.linear(x.double().abs(), base.weight.double().abs() + delta.abs(), base.bias.double().abs())
             bound = (8 * torch.finfo(shape.dtype).eps + accumulator) * size
             assert ((layer(x).double() - exact).abs() <= bound).all(), f"{name} computes something else at {shape}"
+
+
+def tensors(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
+    """An input that takes a gradient, and a gradient of the output."""
+    x = torch.randn(tokens, shape.in_features, dtype=shape.dtype, requires_grad=True)
+    return x, torch.randn(tokens, shape.out_features, dtype=shape.dtype)
 
 
 def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
@@ -113,8 +120,8 @@ def steps(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[
     """Time, transient peak and saved bytes of a step, for each competitor."""
     for shape, t in itertools.product(shapes, tokens):
         layers = competitors(shape)
-        x, dy = torch.randn(t, shape.in_features, dtype=shape.dtype), torch.randn(t, shape.out_features, dtype=shape.dtype)
-        runs = {name: step(layer, x.requires_grad_(), dy) for name, layer in layers.items()}
+        x, dy = tensors(shape, t)
+        runs = {name: step(layer, x, dy) for name, layer in layers.items()}
         results = ratios(interleaved(runs, rounds), BASE)
         for name, layer in layers.items():
             results[name]["saved"] = saved_bytes(layer, x)
@@ -136,13 +143,10 @@ def forwards(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[di
 def compiled(shapes: list[Shape], tokens: int, rounds: int) -> Iterator[dict[str, object]]:
     """Time of a step under `torch.compile`, where the plain path is taken and the compiler fuses."""
     for shape in shapes:
-        layers = {name: layer for name, layer in competitors(shape).items() if name != "loralib LoRA"}
-        x, dy = (
-            torch.randn(tokens, shape.in_features, dtype=shape.dtype),
-            torch.randn(tokens, shape.out_features, dtype=shape.dtype),
-        )
+        layers = {name: layer for name, layer in competitors(shape).items() if name != LORALIB}
+        x, dy = tensors(shape, tokens)
         torch.compiler.reset()
-        runs = {name: step(torch.compile(layer), x.requires_grad_(), dy) for name, layer in layers.items()}
+        runs = {name: step(torch.compile(layer), x, dy) for name, layer in layers.items()}
         yield {"shape": str(shape), "tokens": tokens, "results": ratios(interleaved(runs, rounds), BASE)}
 
 
@@ -189,7 +193,8 @@ def tables(found: dict, threads: int) -> str:
         report(f"Forward without gradients over the base's, {count}: median (minimum)", found["forward"], names),
     ]
     if found["compiled"]:
-        parts.append(report(f"Compiled step over the compiled base's, {count}: median (minimum)", found["compiled"], names[:-1]))
+        kind = f"Compiled step over the compiled base's, {count}: median (minimum)"
+        parts.append(report(kind, found["compiled"], [name for name in names if name != LORALIB]))
     return "\n".join(parts)
 
 
@@ -223,7 +228,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     args = parser.parse_args()
-    need(INSTALL, "loralib", "peft")
+    require_extras("layer_cost", EXTRAS)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
     shapes, tokens, rounds, threads = SHAPES, [128, 512, 2048], args.rounds, args.threads

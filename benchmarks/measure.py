@@ -100,7 +100,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def need(install: str, *modules: str) -> None:
-    """Leave with what to install where a module is missing."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        sys.exit(f"missing: {', '.join(missing)}; run: {install}")
+def require_extras(script: str, extras: Mapping[str, Sequence[str]]) -> None:
+    """Exit with the commands to run if a package that only ``script`` needs is missing: by command, what it installs."""
+    missing = {command: [name for name in names if not importlib.util.find_spec(name)] for command, names in extras.items()}
+    if any(missing.values()):
+        names = ", ".join(name for group in missing.values() for name in group)
+        sys.exit(f"{script} needs {names}; run: {' && '.join(command for command, group in missing.items() if group)}")

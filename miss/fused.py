@@ -105,6 +105,7 @@ class _MiSSe(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         y, s = _misse(x, weight, bias, d, scale)
         _save(ctx, x, weight, d, scale, s)
+        ctx.factor = block_factor(x.shape[-1], d.shape[1], y.dtype)
         return _no_view(y), s
 
     @staticmethod
@@ -113,7 +114,7 @@ class _MiSSe(torch.autograd.Function):
             return (None,) * 5
         weight, d, s = ctx.saved_tensors
         if dy is None:
-            dy = s.new_zeros(*s.shape[:-1], ctx.out_features)
+            dy = s.new_zeros(*s.shape[:-1], ctx.rows)
         need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
         dx = _misse_input_grad(dy, ds, weight, d, ctx.scale, ctx.factor) if need_x else None
         dbias = _rows(dy).sum(0) if need_bias else None
@@ -141,7 +142,7 @@ class _MiSS(torch.autograd.Function):
             return (None,) * 5
         weight, d, x = ctx.saved_tensors
         need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
-        dz = shard_sum(dy, ctx.rank)
+        dz = shard_sum(dy, ctx.rows)
         dx = _miss_input_grad(dy, dz, weight, scaled(d, ctx.scale, dy.dtype)) if need_x else None
         dbias = _rows(dy).sum(0) if need_bias else None
         dd = _adapter_grad(dz, x, ctx.scale, ctx.dtype) if need_d else None
@@ -153,13 +154,12 @@ class _MiSS(torch.autograd.Function):
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Tensor) -> None:
-    """Keep what the backward will read, and nothing else: ``by_d`` is what multiplies D, for its gradient."""
+    """Keep what the backward will read, and no other tensor: ``by_d`` is what multiplies D, for its gradient."""
     need_x, _, _, need_d, _ = ctx.needs_input_grad
     ctx.save_for_backward(weight if need_x else None, d if need_x else None, by_d if need_d else None)
     ctx.save_for_forward(x, weight, d)
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.dtype, ctx.rank, ctx.out_features = scale, d.dtype, len(d), len(weight)
-    ctx.factor = block_factor(x.shape[-1], d.shape[1], weight.dtype)
+    ctx.scale, ctx.dtype, ctx.rows = scale, d.dtype, len(d)
 
 
 def _no_view(y: Tensor) -> Tensor:

@@ -170,14 +170,13 @@ class AdaptedLinear(nn.Linear):
             if self.training and torch.is_grad_enabled():
                 raise is_merged(type(self).__name__, "a training forward would give miss_D no gradient")
             return F.linear(input, self.miss_base if self._disabled else self.weight, self.bias)
-        dropping = self.training and self.dropout > 0
         weight, bias, d = self.weight, self.bias, self.miss_D
+        dropping = self.training and self.dropout > 0
         if not self._disabled and not dropping and fused.fits(input, weight, bias, d):
             return self.fused(input, weight, bias, d, self.scale)
         y = F.linear(input, weight, bias)
-        if self._disabled:
-            return y
-        return self.add_delta(F.dropout(input, self.dropout) if dropping else input, y, d, self.scale)
+        x = F.dropout(input, self.dropout) if dropping else input
+        return y if self._disabled else self.add_delta(x, y, d, self.scale)
 
     def reset_adapter(self) -> None:
         """Set ``miss_D`` to zero, in place: the layer computes what its base does. A `StateError` while merged."""

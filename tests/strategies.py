@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -46,6 +47,10 @@ class Case:
         """A random input of the leading shape."""
         torch.manual_seed(self.seed + 1)
         return torch.randn(*self.leading, self.in_features, dtype=torch.float64).to(dtype)
+
+
+RAGGED = [Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0), Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0)]
+ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
 
 
 @st.composite

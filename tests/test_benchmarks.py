@@ -1,5 +1,7 @@
 """The benchmarks' own checks, on layers and models that are small enough for every run."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -8,6 +10,7 @@ import layer_cost
 import model_cost
 from layer_cost import BASE, LORA, OURS, PEER, Shape
 from measure import interleaved, peak_bytes, ratios
+from miss import adapted_modules
 
 
 @pytest.mark.parametrize("shape", [Shape(96, 80), Shape(100, 70), Shape(96, 80, torch.bfloat16)], ids=str)
@@ -46,6 +49,16 @@ def test_model_cost_on_a_small_model():
     }
     text = model_cost.report(result)
     assert all(f"| {name} | {row['rank']} |" in text for name, row in training["results"].items())
+
+
+def test_a_wrong_adapter_in_a_model_is_found():
+    config = LlamaConfig(vocab_size=97, hidden_size=96, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    base = LlamaForCausalLM(config).train()
+    ways = model_cost.injections(model_cost.equal_ranks(base))
+    models = {name: ways[name](copy.deepcopy(base)) for name in (OURS, PEER)}
+    adapted_modules(models[OURS])["model.layers.0.mlp.up_proj"].scale = 1.01
+    with pytest.raises(AssertionError, match="differ"):
+        model_cost.check(models, torch.arange(12).view(2, 6))
 
 
 def test_peak_counts_what_is_held_at_one_time():

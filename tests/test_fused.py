@@ -19,10 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from measure import peak_bytes, saved_bytes
 from miss import MiSSeLinear, MiSSLinear, disabled, fused
-from tests.strategies import DTYPES, FORMS, Case, assert_equals_oracle, cases
+from tests.strategies import DTYPES, FORMS, RAGGED, Case, assert_equals_oracle, cases, ragged
 
-RAGGED = [Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0), Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0)]
-ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # Layouts of an input of the same values.

@@ -13,11 +13,9 @@ from torch import nn
 
 from miss import MiSSeLinear, MissError, MiSSLinear, ShapeError, StateError, TargetError, disabled
 from tests import reference
-from tests.strategies import DTYPES, FORMS, Case, assert_equals_oracle, cases, tolerance
+from tests.strategies import DTYPES, FORMS, RAGGED, Case, assert_equals_oracle, cases, ragged, tolerance
 
-RAGGED = [Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0), Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0)]
 forms = pytest.mark.parametrize("form", FORMS.values())
-ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, "same"])
