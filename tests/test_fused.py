@@ -310,8 +310,8 @@ def test_what_looks_on_sees_the_plain_path(case: Case):
 def test_complex_layers_take_the_plain_path(case: Case):
     layer, x = case.layer(), case.input().to(torch.complex128).requires_grad_()
     for name in ("weight", "bias"):
-        setattr(layer, name, nn.Parameter(getattr(layer, name).to(torch.complex128), requires_grad=False))
-    layer.miss_D = nn.Parameter(layer.miss_D.to(torch.complex128))
+        setattr(layer, name, nn.Parameter((1 + 2j) * getattr(layer, name).detach(), requires_grad=False))
+    layer.miss_D = nn.Parameter((2 - 1j) * layer.miss_D.detach())
     y = layer(x)
     wide = layer.weight + layer.delta_weight()
     torch.testing.assert_close(y, F.linear(x, wide, layer.bias))
