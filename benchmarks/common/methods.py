@@ -1,0 +1,138 @@
+"""The methods that the experiments compare: ours through `miss.inject`, the others through Hugging Face PEFT."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miss import adapted_modules, inject
+
+FULL, LORA, RSLORA, PISSA, DORA = "full fine-tuning", "LoRA", "rsLoRA", "PiSSA", "DoRA"
+LORA_FA, ADALORA, VERA, MISS, MISSE = "LoRA-FA", "AdaLoRA", "VeRA", "MiSS", "MiSSe"
+ORTHONORMAL = "orthonormal"
+FORMS = {MISS: "miss", MISSE: "misse"}
+EXTRAS = {'pip install "miss-torch[experiments]"': ("matplotlib", "numpy", "peft", "scipy", "tqdm", "transformers")}
+
+# What one layer of k inputs and d outputs trains at rank r.
+COUNTS: dict[str, Callable[[int, int, int], int]] = {
+    LORA: lambda r, k, d: r * (k + d),
+    RSLORA: lambda r, k, d: r * (k + d),
+    PISSA: lambda r, k, d: r * (k + d),
+    DORA: lambda r, k, d: r * (k + d) + d,  # and one magnitude for each output
+    ADALORA: lambda r, k, d: r * (k + d + 1),  # and one singular value for each rank
+    LORA_FA: lambda r, k, d: r * d,
+    MISS: lambda r, k, d: r * k,
+    MISSE: lambda r, k, d: r * d,
+}
+
+
+@dataclass
+class Output:
+    """What a model of the experiments returns. PEFT's AdaLoRA adds its penalty to ``loss``."""
+
+    loss: Tensor
+    predictions: Tensor
+
+
+def equal_rank(method: str, budget: int, linears: Iterable[nn.Linear], *, vera: int = 256) -> int | None:
+    """The largest rank at which ``method`` trains at most ``budget`` parameters in these layers, and at least 1.
+
+    VeRA cannot spend the budget, since its matrices are frozen: its rank is ``vera``. Full fine-tuning has none.
+    """
+    if method == FULL:
+        return None
+    if method == VERA:
+        return vera
+    shapes = [(linear.in_features, linear.out_features) for linear in linears]
+    fixed, each = (sum(COUNTS[method](r, k, d) for k, d in shapes) for r in (0, 1))
+    return max(1, (budget - fixed) // (each - fixed))
+
+
+def alpha(method: str, rank: int) -> int:
+    """LoRA's alpha: as in the paper's Table 10 twice the rank, for PiSSA the rank; 16 for rsLoRA, which divides by the rank's root."""
+    return {RSLORA: 16, PISSA: rank}.get(method, 2 * rank)
+
+
+def adapt(
+    model: nn.Module,
+    method: str,
+    rank: int | None,
+    targets: Sequence[str],
+    *,
+    scale: Any = 1.0,
+    head: str | None = None,
+    steps: int = 1,
+) -> nn.Module:
+    """Adapt ``model`` in place, its ``head`` trained with the adapters; return what to call: for PEFT's methods its wrapper.
+
+    Full fine-tuning trains every parameter. ``steps`` is the length of the training, after which AdaLoRA fits its budget.
+    """
+    if method == FULL:
+        return model.requires_grad_(True)
+    if method in FORMS:
+        inject(model, targets, rank=rank, method=FORMS[method], trainable=head or ())
+        for layer in adapted_modules(model).values():
+            shared = layer.in_features if method == MISSE else layer.out_features
+            layer.scale = math.sqrt(layer.rank / shared) if scale == ORTHONORMAL else scale
+        return model
+    import peft
+
+    common = {"target_modules": list(targets)}
+    if method == VERA:
+        config = peft.VeraConfig(r=rank, **common)
+    elif method == ADALORA:
+        # Two thirds of the rank are left at the end, as in PEFT's defaults (12 and 8).
+        ends = {"init_r": rank, "target_r": max(1, rank * 2 // 3), "tinit": steps // 10, "tfinal": steps // 3}
+        config = peft.AdaLoraConfig(total_step=steps, lora_alpha=alpha(method, rank), **ends, **common)
+    else:
+        initial = "pissa" if method == PISSA else True
+        kinds = {"init_lora_weights": initial, "use_rslora": method == RSLORA, "use_dora": method == DORA}
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha(method, rank), **kinds, **common)
+    wrapped = peft.get_peft_model(model, config)
+    if method == LORA_FA:
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.lora_A.requires_grad_(False)
+    if head:
+        model.get_submodule(head).requires_grad_(True)
+    return wrapped
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def fit(
+    model: nn.Module,
+    method: str,
+    rank: int | None,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    lr: float,
+    schedule: Callable[[int], float],
+) -> Iterator[float]:
+    """Train with AdamW, without weight decay, one step for each batch; yield the loss of each step when it is done.
+
+    ``schedule`` gives the factor of the rate at each step. The model's output has a ``loss``.
+    """
+    if method == LORA_FA:
+        from peft.optimizers import create_lorafa_optimizer
+
+        optimizer = create_lorafa_optimizer(model, r=rank, lora_alpha=alpha(method, rank), lr=lr)
+    else:
+        optimizer = torch.optim.AdamW(trained(model), lr=lr, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for step, batch in enumerate(batches):
+        model.train()
+        loss = model(*batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if method == ADALORA:
+            model.base_model.update_and_allocate(step)
+        yield loss.item()
