@@ -52,7 +52,7 @@ def equal_rank(method: str, budget: int, linears: Iterable[nn.Linear], *, vera: 
 
 
 def alpha(method: str, rank: int) -> int:
-    """LoRA's alpha: as in the paper's Table 10 twice the rank, for PiSSA the rank; 16 for rsLoRA, which divides by the rank's root."""
+    """LoRA's alpha: as in the paper's Table 10 twice the rank, for PiSSA the rank; for rsLoRA, which divides by its root, 16."""
     return {RSLORA: 16, PISSA: rank}.get(method, 2 * rank)
 
 
