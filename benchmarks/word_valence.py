@@ -42,7 +42,7 @@ from measure import require_extras
 
 EXTRAS = methods.EXTRAS | QUICKSTART
 RANK, EPOCHS = 16, 1
-PAPER = 1.0
+PAPER = None
 RATES = {
     FULL: (3e-5, 1e-4, 3e-4, 1e-3),
     LORA: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),

@@ -51,9 +51,12 @@ def equal_rank(method: str, budget: int, linears: Iterable[nn.Linear], *, vera: 
     return max(1, (budget - fixed) // (each - fixed))
 
 
-def alpha(method: str, rank: int) -> int:
-    """LoRA's alpha: as in the paper's Table 10 twice the rank, for PiSSA the rank; for rsLoRA, which divides by its root, 16."""
-    return {RSLORA: 16, PISSA: rank}.get(method, 2 * rank)
+def alpha(method: str, rank: int, scale: float | None = None) -> float:
+    """LoRA's alpha: ``scale`` times the rank, if given.
+
+    Else twice the rank, as in the paper's Table 10, for PiSSA the rank, and 16 for rsLoRA, which divides by the rank's root.
+    """
+    return scale * rank if scale else {RSLORA: 16, PISSA: rank}.get(method, 2 * rank)
 
 
 def adapt(
@@ -62,13 +65,14 @@ def adapt(
     rank: int | None,
     targets: Sequence[str],
     *,
-    scale: Any = 1.0,
+    scale: float | str | None = None,
     head: str | None = None,
     steps: int = 1,
 ) -> nn.Module:
     """Adapt ``model`` in place, its ``head`` trained with the adapters; return what to call: for PEFT's methods its wrapper.
 
-    Full fine-tuning trains every parameter. ``steps`` is the length of the training, after which AdaLoRA fits its budget.
+    Full fine-tuning trains every parameter. ``scale`` is the delta's factor (for LoRA and its kin alpha over rank), by default
+    1 for our methods and see `alpha` for the others; ``"orthonormal"`` is for ours only. ``steps`` is the length of the training, after which AdaLoRA fits its budget.
     """
     if method == FULL:
         return model.requires_grad_(True)
@@ -76,7 +80,7 @@ def adapt(
         inject(model, targets, rank=rank, method=FORMS[method], trainable=head or ())
         for layer in adapted_modules(model).values():
             shared = layer.in_features if method == MISSE else layer.out_features
-            layer.scale = math.sqrt(layer.rank / shared) if scale == ORTHONORMAL else scale
+            layer.scale = math.sqrt(layer.rank / shared) if scale == ORTHONORMAL else scale or 1.0
         return model
     import peft
 
@@ -86,11 +90,11 @@ def adapt(
     elif method == ADALORA:
         # Two thirds of the rank are left at the end, as in PEFT's defaults (12 and 8).
         ends = {"init_r": rank, "target_r": max(1, rank * 2 // 3), "tinit": steps // 10, "tfinal": steps // 3}
-        config = peft.AdaLoraConfig(total_step=steps, lora_alpha=alpha(method, rank), **ends, **common)
+        config = peft.AdaLoraConfig(total_step=steps, lora_alpha=alpha(method, rank, scale), **ends, **common)
     else:
         initial = "pissa" if method == PISSA else True
         kinds = {"init_lora_weights": initial, "use_rslora": method == RSLORA, "use_dora": method == DORA}
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha(method, rank), **kinds, **common)
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha(method, rank, scale), **kinds, **common)
     wrapped = peft.get_peft_model(model, config)
     if method == LORA_FA:
         for module in model.modules():
