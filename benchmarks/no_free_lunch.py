@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from common import methods, plots
 from common.costs import costs
 from common.methods import ADALORA, DORA, FULL, LORA, MISS, MISSE, PISSA, VERA, Output, adapt, fit
 from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, run_all, select, write
-from torch import Tensor, nn
-
 from measure import require_extras, table
 
 WIDTH, TRAIN, HELD_OUT, NOISE = 64, 50, 100, 0.05
@@ -116,12 +116,23 @@ def measure(rounds: int) -> dict[str, Any]:
     return costs(builds, RANKS, data["train"], LORA, rounds)
 
 
+def best_rates(result: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rate of each method with the least validation loss."""
+    return {method: best_rate(select(result["runs"], method=method), "validation_min", largest=False) for method in RANKS}
+
+
+def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Test loss at the best learning rate, by method and seed."""
+    return {
+        method: by_seed(select(result["runs"], method=method, lr=rate), "test") for method, rate in best_rates(result).items()
+    }
+
+
 def report(result: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     rows = []
     runs, prices = result["runs"], result["costs"]
-    chosen = {method: best_rate(select(runs, method=method), "validation_min", largest=False) for method in RANKS}
-    swept = {method: by_seed(select(runs, method=method, lr=chosen[method]), "test") for method in RANKS}
+    chosen, swept = best_rates(result), quality(result)
     p = holm({method: paired(swept[MISSE], swept[method]) for method in RANKS if method != MISSE})
     for method, rank in RANKS.items():
         given = select(runs, method=method, lr=GIVEN)

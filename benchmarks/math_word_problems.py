@@ -1,0 +1,326 @@
+"""SmolLM2-135M learns to solve word problems: the paper's Figure 5 and Table 7 at a size for a CPU.
+
+Two tasks of `reasoning_gym`, procedural and with checkable answers: ``gsm_symbolic`` (the GSM8K templates with new names and
+numbers, answered in steps) and ``chain_sum`` (sums of two or three numbers of one or two digits). Problems held out have other
+numbers than those trained on, but for gsm_symbolic the same hundred templates. The base is in bf16, adapters are in fp32, all
+linear layers are adapted, and methods train equally many parameters (those of MiSSe at rank 64). Each method's learning rate is
+the best of a sweep on validation loss with one seed; loss and exact-match accuracy on the test problems are reported for others.
+"""
+
+import copy
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common import methods, plots
+from common.costs import costs
+from common.methods import DORA, LORA, MISS, MISSE, PISSA, Output, adapt, equal_rank, fit, trained
+from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, run_all, select, write
+from measure import require_extras, table
+from model_cost import load_base, smollm2
+
+RANK, RANKS = 64, (8, 32, 64, 128)
+METHODS = (LORA, PISSA, DORA, MISS, MISSE)
+RANKED = (LORA, MISS, MISSE)  # at every rank
+RATES = {
+    LORA: (3e-4, 1e-3, 3e-3),
+    PISSA: (1e-4, 3e-4, 1e-3),
+    DORA: (3e-4, 1e-3, 3e-3),
+    MISS: (1e-4, 3e-4, 1e-3),
+    MISSE: (1e-4, 3e-4, 1e-3),
+}
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Task(NamedTuple):
+    """One task: problems in a batch, steps, problems held out, the longest answer in tokens, `reasoning_gym`'s own settings."""
+
+    batch: int
+    steps: int
+    held_out: int
+    longest: int
+    settings: dict[str, int]
+
+
+TASKS = {
+    "gsm_symbolic": Task(batch=4, steps=75, held_out=48, longest=200, settings={}),
+    "chain_sum": Task(
+        batch=16, steps=60, held_out=128, longest=8, settings={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+    ),
+}
+# Seeds of the problems: two sets held out, and one set for each run.
+VALIDATION, TEST, TRAIN = 10_001, 10_002, 20_000
+
+
+class Problem(NamedTuple):
+    """Tokens of the question, tokens of the worked answer, and the number that is right."""
+
+    question: list[int]
+    worked: list[int]
+    answer: float
+
+
+class Model(nn.Module):
+    """A language model, with the loss of the answers alone."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, tokens: Tensor, mask: Tensor, answers: Tensor) -> Output:
+        """Mean cross entropy of the answers' tokens, from tokens, attention mask and ``answers`` (batch, length), a mask too."""
+        kept = answers[:, 1:].bool()
+        hidden = self.language_model.model(tokens, attention_mask=mask).last_hidden_state[:, :-1][kept]
+        logits = self.language_model.lm_head(hidden).float()
+        return Output(nn.functional.cross_entropy(logits, tokens[:, 1:][kept]), logits)
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """SmolLM2's."""
+    from transformers import AutoTokenizer
+
+    file = smollm2()
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+@functools.cache
+def base() -> nn.Module:
+    """SmolLM2-135M-Instruct in bf16."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of reading the file
+    return load_base().to(torch.bfloat16)
+
+
+@functools.cache
+def problems(task: str, count: int, seed: int) -> list[Problem]:
+    """Problems of a task, the same for the same seed."""
+    import reasoning_gym
+
+    rows = []
+    for row in reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task].settings):
+        worked = row["metadata"].get("answer_cot", f"#### {row['answer']}")
+        end = tokenizer().eos_token
+        question, answer = (tokenizer()(text)["input_ids"] for text in (f"{row['question']}\n", f"{worked}{end}"))
+        rows.append(Problem(question, answer, float(row["answer"])))
+    return rows
+
+
+def collate(rows: list[Problem]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, attention mask and answer mask, padded on the right."""
+    width = max(len(question) + len(answer) for question, answer, _ in rows)
+    parts: list[list[list[int]]] = [[], [], []]
+    for question, answer, _ in rows:
+        pad = width - len(question) - len(answer)
+        parts[0].append(question + answer + [0] * pad)
+        parts[1].append([1] * (len(question) + len(answer)) + [0] * pad)
+        parts[2].append([0] * len(question) + [1] * len(answer) + [0] * pad)
+    return torch.tensor(parts[0]), torch.tensor(parts[1]), torch.tensor(parts[2])
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, rows: list[Problem]) -> float:
+    """Mean cross entropy over all tokens of all answers."""
+    model.eval()
+    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+    total = tokens = 0.0
+    for start in range(0, len(rows), 8):
+        batch = collate(rows[start : start + 8])
+        count = batch[2].sum().item()
+        total, tokens = total + model(*batch).loss.item() * count, tokens + count
+    return total / tokens
+
+
+@torch.no_grad()
+def accuracy(model: Model, rows: list[Problem], longest: int) -> float:
+    """Share of the problems whose greedily decoded answer ends with the right number after ``####``."""
+    model.eval()
+    width = max(len(question) for question, _, _ in rows)
+    pads = [width - len(question) for question, _, _ in rows]
+    tokens = torch.tensor([[0] * pad + question for pad, (question, _, _) in zip(pads, rows)])
+    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+    end = tokenizer().eos_token_id
+    decoded = model.language_model.generate(
+        input_ids=tokens, attention_mask=mask, max_new_tokens=longest, do_sample=False, pad_token_id=end
+    )
+    texts = tokenizer().batch_decode(decoded[:, width:], skip_special_tokens=True)
+    return sum(final(text) == answer for text, (_, _, answer) in zip(texts, rows)) / len(rows)
+
+
+def final(text: str) -> float | None:
+    """The number after the last ``####``."""
+    found = re.findall(r"####\s*(-?[\d,]*\.?\d+)", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def schedule(steps: int) -> Any:
+    """Cosine to zero, without warm-up, as in the paper's Table 10."""
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def work(job: Run) -> Run:
+    """One run: adapt, train, and the losses; the accuracy too where it is asked for."""
+    task, steps = TASKS[job["task"]], job["steps"]
+    rows = problems(job["task"], steps * task.batch, TRAIN + job["seed"])
+    torch.manual_seed(job["seed"])
+    model = Model(copy.deepcopy(base()))
+    wrapped = adapt(model, job["method"], job["rank"], TARGETS, steps=steps)
+    parts = [collate(rows[start : start + task.batch]) for start in range(0, len(rows), task.batch)]
+    start = time.perf_counter()
+    losses = list(fit(wrapped, job["method"], job["rank"], parts, lr=job["lr"], schedule=schedule(steps)))
+    test = problems(job["task"], job["held_out"], TEST)
+    result: Run = {
+        "trainable": sum(parameter.numel() for parameter in trained(model)),
+        "losses": [round(loss, 4) for loss in losses],
+        "tokens": sum(int(mask.sum()) for _, mask, _ in parts),
+        "validation_loss": held_out_loss(wrapped, problems(job["task"], job["held_out"], VALIDATION)),
+        "test_loss": held_out_loss(wrapped, test),
+    }
+    if job["exact"]:
+        result["test_accuracy"] = accuracy(model, test, task.longest)
+    return result | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def jobs(
+    task: str, method: str, rank: int | None, rates: Iterable[float], seeds: Iterable[int], *, exact: bool, short: bool
+) -> list[Run]:
+    """The settings of some runs; ``short`` ones have a tenth of the steps and of the problems held out."""
+    part = 10 if short else 1
+    size = {"steps": TASKS[task].steps // part, "held_out": TASKS[task].held_out // part, "exact": exact}
+    return [{"task": task, "method": method, "rank": rank, "lr": lr, "seed": seed, **size} for seed in seeds for lr in rates]
+
+
+@functools.cache
+def ranks(rank: int) -> dict[str, int | None]:
+    """The ranks at which the methods train as much as MiSSe at ``rank``."""
+    linears = [module for name, module in base().named_modules() if isinstance(module, nn.Linear) and name.endswith(TARGETS)]
+    budget = rank * sum(linear.out_features for linear in linears)
+    return {method: equal_rank(method, budget, linears) for method in METHODS}
+
+
+def final_runs(result: Mapping[str, Any], task: str, method: str) -> list[Run]:
+    """The reported runs of a method at rank 64 or its equal."""
+    return select(result["runs"], task=task, method=method, rank=result["ranks"][str(RANK)][method], exact=True)
+
+
+def quality(result: Mapping[str, Any], task: str = "gsm_symbolic") -> dict[str, dict[int, float]]:
+    """Test loss, by method and seed."""
+    return {method: by_seed(final_runs(result, task, method), "test_loss") for method in result["costs"]}
+
+
+def first_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Of gsm_symbolic, to measure the costs with."""
+    return collate(problems("gsm_symbolic", TASKS["gsm_symbolic"].batch, TRAIN))
+
+
+def measure(compared: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Initialisation, step time and peak memory of each method, on a batch of gsm_symbolic."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    builds = {
+        method: functools.partial(lambda name: adapt(Model(copy.deepcopy(base())), name, ranks(RANK)[name], TARGETS), method)
+        for method in compared
+    }
+    return costs(builds, ranks(RANK), first_batch(), LORA, rounds)
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The tables, in Markdown: the methods, then the ranks."""
+    rows, rank_rows = [], []
+    for task in TASKS:
+        losses = quality(result, task)
+        p = holm({method: paired(losses[MISSE], losses[method]) for method in losses if method != MISSE})
+        for method in losses:
+            runs = final_runs(result, task, method)
+            cells = [task, method, runs[0]["rank"], runs[0]["trainable"], f"{runs[0]['lr']:g}"]
+            cells += [Estimate.of(list(losses[method].values())).text(4), f"{p[method]:.2g}" if method in p else ""]
+            rows.append([*cells, Estimate.of([100 * run["test_accuracy"] for run in runs]).text(1)])
+    for method in [method for method in RANKED if method in result["costs"]]:
+        for of_rank in result["ranks"].values():
+            mine = select(result["runs"], task="gsm_symbolic", method=method, rank=of_rank[method], exact=True)
+            cells = [method, mine[0]["rank"], mine[0]["trainable"], f"{mine[0]['lr']:g}", len(mine)]
+            cells += [Estimate.of([run["test_loss"] for run in mine]).text(4)]
+            rank_rows.append([*cells, Estimate.of([100 * run["test_accuracy"] for run in mine]).text(1)])
+    head = ["task", "method", "rank", "trained", "best rate", "test loss", "p against MiSSe", "exact match, %"]
+    ranked = ["method", "rank", "trained", "rate", "seeds", "test loss", "exact match, %"]
+    return table(head, rows) + "\n\n" + table(ranked, rank_rows)
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's Figure 5, by name: training loss against tokens, and against the time that the steps take one after another."""
+    figure, axes = plots.panels(len(TASKS), 2, width=4)
+    for task, (by_tokens, by_time) in zip(TASKS, (axes[:2], axes[2:])):
+        for method in result["costs"]:
+            runs = final_runs(result, task, method)
+            curves = [smooth(run["losses"]) for run in runs]
+            values = list(zip(*curves))
+            tokens = sum(run["tokens"] for run in runs) / len(runs) / len(values)
+            # Times are of the gsm_symbolic batch, for each token alike.
+            second = result["costs"][method]["step"]["ms"] / 1e3 / result["batch_tokens"]
+            for axis, unit in ((by_tokens, tokens), (by_time, tokens * second)):
+                plots.band(axis, [unit * (step + 1) for step in range(len(values))], values, method)
+        for axis, label in ((by_tokens, "training tokens"), (by_time, "time of the steps, s")):
+            axis.set(title=task, xlabel=label, ylabel="training loss (running mean)", yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    return {"math_word_problems": figure}
+
+
+def smooth(losses: list[float], share: float = 0.85) -> list[float]:
+    """An exponential running mean, started unbiased."""
+    mean, weight, result = 0.0, 0.0, []
+    for loss in losses:
+        mean, weight = share * mean + (1 - share) * loss, share * weight + (1 - share)
+        result.append(mean / weight)
+    return result
+
+
+def run(
+    seeds: int,
+    path: Path | None,
+    workers: int,
+    *,
+    compared: Sequence[str] = METHODS,
+    sizes: Sequence[int] = RANKS,
+    short: bool = False,
+) -> dict[str, Any]:
+    """Sweep the rates, run what is left to run at the best ones, and measure the costs."""
+    at, reported = ranks(RANK), range(1, 1 + seeds)
+    sweep = [
+        job
+        for task in TASKS
+        for method in compared
+        for job in jobs(task, method, at[method], RATES[method], [0], exact=False, short=short)
+    ]
+    runs = run_all(sweep, work, path, workers)["runs"]
+    final: list[Run] = []
+    for task in TASKS:
+        for method in compared:
+            rate = best_rate(select(runs, task=task, method=method, rank=at[method], seed=0), "validation_loss", largest=False)
+            final += jobs(task, method, at[method], [rate], reported, exact=True, short=short)
+            for rank in sizes if task == "gsm_symbolic" and method in RANKED else ():
+                final += jobs(task, method, ranks(rank)[method], [rate], reported[:2], exact=True, short=short)
+    result = run_all([job for place, job in enumerate(final) if job not in final[:place]], work, path, workers)
+    result |= {"ranks": {str(rank): ranks(rank) for rank in sizes}, "batch_tokens": int(first_batch()[1].sum())}
+    result["costs"] = measure(compared, 2 if short else 10)
+    write(path, result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run everything, and print the tables."""
+    args = get_parser(__doc__, seeds=3).parse_args(argv)
+    require_extras("math_word_problems", methods.EXTRAS | methods.SMOLLM2)
+    few = {"compared": (LORA, MISSE), "sizes": (RANK,), "short": True} if args.quick else {}
+    result = run(1 if args.quick else args.seeds, args.json, args.workers, **few)
+    print(report(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()

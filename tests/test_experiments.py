@@ -1,0 +1,270 @@
+"""What the experiments share, and each script on settings that are small enough for every run."""
+
+import copy
+import json
+import math
+import pathlib
+
+import gradient_norm
+import no_free_lunch
+import pareto
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import math_word_problems as problems
+import word_valence
+from common import methods, runs
+from common.methods import COUNTS, FULL, LORA, LORA_FA, MISS, MISSE, VERA, Output, adapt, equal_rank, fit, trained
+from common.runs import Estimate
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Output:
+        predictions = self.head(self.body(x))
+        return Output(nn.functional.mse_loss(predictions, y), predictions)
+
+
+TARGETS = ("body.0", "body.2")
+BATCH = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)), torch.ones(6, 1)
+
+
+@pytest.mark.parametrize("method", [*COUNTS, VERA, FULL])
+def test_each_method_trains_what_is_counted_and_learns(method: str):
+    base = Small()
+    linears = [base.body[0], base.body[2]]
+    budget = 4 * (20 + 8)
+    rank = equal_rank(method, budget, linears, vera=4)
+    model = adapt(copy.deepcopy(base), method, rank, TARGETS, head="head", steps=30)
+    count = sum(parameter.numel() for parameter in trained(model)) - base.head.weight.numel() - base.head.bias.numel()
+    if method in COUNTS:
+        assert count == sum(COUNTS[method](rank, linear.in_features, linear.out_features) for linear in linears) <= budget
+        assert count + sum(COUNTS[method](1, k, d) - COUNTS[method](0, k, d) for k, d in ((12, 20), (20, 8))) > budget
+    with torch.no_grad():
+        torch.testing.assert_close(model(*BATCH).predictions, base(*BATCH).predictions)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    losses = list(fit(model, method, rank, [BATCH] * 30, lr=1e-2, schedule=lambda step: 1 - step / 30))
+    assert losses[-1] < 0.5 * losses[0]
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert any("head" in name for name in moved)
+    if method != FULL:
+        assert not any(name.endswith(("body.0.weight", "base_layer.weight", "body.2.bias")) for name in moved)
+    if method == LORA_FA:
+        assert not any("lora_A" in name for name in moved)
+
+
+def test_orthonormal_scale_gives_the_fixed_factor_unit_rows():
+    for method, shared in ((MISSE, (12, 20)), (MISS, (20, 8))):
+        model = adapt(Small(), method, 4, TARGETS, scale=methods.ORTHONORMAL)
+        for layer, width in zip((model.body[0], model.body[2]), shared):
+            assert layer.scale == math.sqrt(4 / width)
+
+
+def test_statistics():
+    assert Estimate.of([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / math.sqrt(3)))  # t(0.975, 2 degrees of freedom)
+    assert Estimate.of([1.0]).text() == "1.000"
+    assert Estimate(0.5, 0.25).text(2) == "0.50 ± 0.25"
+    # Differences 1, 2, 3: t = 2 / (1 / sqrt(3)), two-sided p with 2 degrees of freedom.
+    assert runs.paired({0: 2.0, 1: 4.0, 2: 6.0, 9: 1.0}, {0: 1.0, 1: 2.0, 2: 3.0}) == pytest.approx(0.0741799, abs=1e-6)
+    assert math.isnan(runs.paired({0: 1.0}, {0: 2.0}))
+    assert runs.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_the_best_rate_is_none_that_diverged():
+    rows = [
+        {"lr": lr, "seed": seed, "r": r}
+        for lr, of_lr in ((1, [0.5, 0.6]), (2, [0.9, None]), (3, [0.7, 0.1]))
+        for seed, r in enumerate(of_lr)
+    ]
+    assert runs.by_rate(rows, "r") == {1: [0.5, 0.6], 3: [0.7, 0.1]}
+    assert runs.best_rate(rows, "r", largest=True) == 1
+    assert runs.best_rate(rows, "r", largest=False) == 3
+
+
+def double(job: dict) -> dict:
+    if job["x"] == 3:
+        raise ValueError("three")
+    return {"y": 2 * job["x"], "none": math.nan}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupted_benchmark_goes_on(tmp_path: pathlib.Path, workers: int):
+    path = tmp_path / "result.json"
+    with pytest.raises(ValueError, match="three"):
+        runs.run_all([{"x": 1}, {"x": 2}, {"x": 3}], double, path, workers)
+    kept = runs.read(path)["runs"]
+    assert [(run["x"], run["y"], run["none"]) for run in kept] == [(1, 2, None), (2, 4, None)]
+    kept[0]["y"] = "not run again"
+    path.write_text(json.dumps({"runs": kept, "note": [1]}))
+    result = runs.run_all([{"x": 1}, {"x": 4}], double, path, workers)
+    assert [run["y"] for run in result["runs"]] == ["not run again", 4, 8]
+    assert runs.read(path) == result
+    assert result["note"] == [1]
+
+
+def test_no_free_lunch(tmp_path: pathlib.Path):
+    jobs = [job for job in no_free_lunch.jobs(2, 20, 30) if job["lr"] in (1e-3, 1e-2)]
+    result = runs.run_all(jobs, no_free_lunch.work, None, 0)
+    base = {run["train_curve"][0] for run in result["runs"] if run["seed"] == no_free_lunch.FIRST_SEED}
+    assert len(base) == 1  # every method starts from the one base
+    assert all(
+        len(run["validation_curve"]) == 3 and run["validation_min"] <= run["validation_curve"][0] for run in result["runs"]
+    )
+    result["costs"] = no_free_lunch.measure(2)
+    assert result["costs"][MISS]["trainable"] == result["costs"][MISSE]["trainable"] == result["costs"][LORA]["trainable"] == 512
+    assert no_free_lunch.report(result).count("\n") == 1 + len(no_free_lunch.RANKS)
+    check_figures(no_free_lunch, result)
+
+
+def check_figures(script, result: dict) -> None:
+    for figure in script.figures(result).values():
+        assert all(
+            axis.get_xlabel() and axis.get_ylabel()
+            for axis in figure.axes
+            if not axis.get_shared_y_axes().joined(axis, figure.axes[0]) or axis is figure.axes[0]
+        )
+        figure.canvas.draw()
+
+
+@pytest.fixture
+def short_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(word_valence, "RATES", {LORA: (1e-3,), MISSE: (1e-3,)})
+    monkeypatch.setattr(word_valence, "STUDY", ((MISSE, methods.ORTHONORMAL, (4,), (1e-3, 1e-2)),))
+
+
+@pytest.mark.usefixtures("short_words")
+def test_word_valence():
+    result = runs.run_all(word_valence.jobs(2, 1, 100, 1), word_valence.work, None, 0)
+    assert len(result["runs"]) == 2 * 2 + 2
+    lora, misse = (runs.select(result["runs"], method=method, scale=None) for method in (LORA, MISSE))
+    assert lora[0]["trainable"] == misse[0]["trainable"]
+    result["costs"] = word_valence.measure(2, 100)
+    assert "| MiSSe | 16 |" in word_valence.report(result)
+    assert "orthonormal | 4 |" in word_valence.report(result)
+    check_figures(word_valence, result)
+
+
+def test_batches_hold_every_word_once():
+    split = word_valence.Split([str(place) for place in range(150)], torch.arange(150.0))
+    seen = [batch for batch in word_valence.batches(split, [place % 5 for place in range(150)], 2, seed=1)]
+    assert sorted(rating for _, ratings in seen for rating in ratings.tolist()) == sorted(2 * list(map(float, range(150))))
+    assert all(words == [str(int(rating)) for rating in ratings] for words, ratings in seen)
+    assert all(len({int(word) % 5 for word in words}) <= 3 for words, _ in seen)
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    eos_token, eos_token_id = "~", ord("~")
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [min(ord(letter), 127) for letter in text]}
+
+    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        return ["".join(chr(token) for token in row).split("~")[0] for row in rows.tolist()]
+
+
+@pytest.fixture
+def small_language_model(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=128, tie_word_embeddings=True, bos_token_id=1, eos_token_id=ord("~"), **sizes)
+    )
+    for function in (problems.problems, problems.ranks):
+        function.cache_clear()
+    monkeypatch.setattr(problems, "base", lambda: model)
+    monkeypatch.setattr(problems, "tokenizer", Letters)
+    return model
+
+
+def test_word_problems(small_language_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    tasks = {name: task._replace(batch=2, steps=30, held_out=40, longest=3) for name, task in problems.TASKS.items()}
+    monkeypatch.setattr(problems, "TASKS", tasks)
+    monkeypatch.setattr(problems, "RANK", 8)
+    result = problems.run(1, None, 0, compared=(LORA, MISSE), sizes=(8, 16), short=True)
+    for function in (problems.problems, problems.ranks):
+        function.cache_clear()
+    final = [run for run in result["runs"] if run["exact"]]
+    assert {run["seed"] for run in final} == {1}
+    assert {run["seed"] for run in result["runs"] if not run["exact"]} == {0}
+    assert all(len(run["losses"]) == 3 and 0 <= run["test_accuracy"] <= 1 for run in final)
+    assert "| gsm_symbolic | MiSSe | 8 |" in problems.report(result)
+    check_figures(problems, result)
+
+
+def test_loss_is_of_the_answers_alone_whatever_the_padding(small_language_model: LlamaForCausalLM):
+    model = problems.Model(small_language_model).eval()
+    rows = [problems.Problem([65, 66, 67], [68, 69], 1.0), problems.Problem([70], [71, 72, 73], 1.0)]
+    single = []
+    for question, worked, _ in rows:
+        logits = small_language_model(torch.tensor([question + worked])).logits[0, len(question) - 1 : -1]
+        single.append(nn.functional.cross_entropy(logits, torch.tensor(worked), reduction="sum").item())
+    assert problems.held_out_loss(model, rows) == pytest.approx(sum(single) / 5, rel=1e-5)
+    assert model(*problems.collate(rows)).loss.item() == pytest.approx(sum(single) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("so\n#### 1,200", 1200.0), ("#### 3\n#### -4.5", -4.5), ("12", None), ("#### x", None)]
+)
+def test_the_final_answer(text: str, number: float | None):
+    assert problems.final(text) == number
+
+
+def test_accuracy_reads_the_decoded_answer(small_language_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    def answer(input_ids: torch.Tensor, **settings: object) -> torch.Tensor:
+        tokens = torch.tensor([list(map(ord, "#### 7~"))] * len(input_ids))
+        return torch.cat([input_ids, tokens], 1)
+
+    monkeypatch.setattr(small_language_model, "generate", answer)
+    rows = [problems.Problem([65] * (place + 1), [66], float(place + 6)) for place in range(4)]
+    assert problems.accuracy(problems.Model(small_language_model), rows, 7) == 0.25
+
+
+def test_gradient_norms_are_those_of_the_formulas(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    base = Small()
+    monkeypatch.setattr(gradient_norm, "MODELS", {"small": (TARGETS, 6)})
+    monkeypatch.setattr(gradient_norm, "material", lambda name, batches: (base, [BATCH] * batches))
+    run = gradient_norm.work({"model": "small", "rank": 4, "batches": 2})
+    base.requires_grad_(True)
+    base(*BATCH).loss.backward()
+    weights = [base.body[0].weight.grad, base.body[2].weight.grad]
+    square = sum(weight.square().sum().item() for weight in weights)
+    columns = sum(sum(weight[:, j::4].sum(1).square().sum().item() for j in range(4)) for weight in weights)
+    assert run["norms"][FULL][0] == pytest.approx(math.sqrt(square), rel=1e-5)
+    assert run["norms"][MISSE][0] == pytest.approx(math.sqrt(columns), rel=1e-5)
+    assert run["norms"][MISSE][0] == pytest.approx(run["expected"][MISSE][0] * math.sqrt(run["factor_columns"][0]), rel=1e-5)
+    assert run["norms"][MISS][0] == pytest.approx(run["expected"][MISS][0] * math.sqrt(run["factor_rows"][0]), rel=1e-5)
+    x = BATCH[0]
+    first = sum(x[:, j::4].sum(1).square().sum().item() for j in range(4)) / x.square().sum().item()
+    with torch.no_grad():
+        x = base.body[:2](x)
+    second = sum(x[:, j::4].sum(1).square().sum().item() for j in range(4)) / x.square().sum().item()
+    assert run["factor_inputs"][0][1] == pytest.approx((first + second) / 2, rel=1e-5)
+
+
+def test_lora_is_expected_what_it_has_on_average():
+    base, draws = Small(), 300
+    weights = [base.body[0].weight, base.body[2].weight]
+    layers = {"body.0": base.body[0], "body.2": base.body[2]}
+    expected = gradient_norm.correlation(base, layers, BATCH, 4)["expected"][LORA] ** 2
+    squares = []
+    for _ in range(draws):
+        model = adapt(copy.deepcopy(base), LORA, 4, TARGETS, scale=1.0)
+        squares.append(gradient_norm.first_gradient(model, trained(model), BATCH) ** 2)
+    mean, half = Estimate.of(squares)
+    assert abs(mean - expected) < 2.5 * half  # about five standard errors
+    assert half < 0.1 * expected
+    assert all(weight.requires_grad for weight in weights)
+
+
+def test_the_front_holds_what_nothing_dominates():
+    points = {"best": (1.0, 1.0, 1.0), "cheap": (2.0, 0.5, 1.0), "worse": (1.0, 1.0, 1.5), "equal": (1.0, 1.0, 1.0)}
+    assert pareto.front(points) == {"best", "cheap", "equal"}
