@@ -3,9 +3,9 @@
 The base is trained here, on digits rendered in the DejaVu fonts: shifted, turned, blurred, noisy, 8 x 8 pixels. It is adapted to
 the handwritten digits of scikit-learn, of the same size, with 20 training images a class. All methods adapt all linear layers of
 the blocks and train the head, at equal numbers of adapter parameters (VeRA, which cannot, at one rank), and each is reported at
-the learning rate that is best for it on validation images. MiSSe and MiSS run at half that number too, where the paper's Table 6
-has MiSS equal to LoRA. Seeds draw training images, adapters and batches; base, validation and test images are fixed, so that the
-intervals do not tell of another base or of other test images.
+the learning rate that is best for it on validation images. MiSSe, MiSS and LoRA run at half that number too, where the paper's
+Table 6 has MiSS equal to LoRA. Seeds draw training images, adapters and batches; base, validation and test images are fixed, so
+that the intervals do not tell of another base or of other test images.
 """
 
 import copy
@@ -26,9 +26,7 @@ from common.methods import ADALORA, DORA, FULL, LORA, LORA_FA, MISS, MISSE, PISS
 from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, run_all, select, write
 from measure import require_extras, table
 
-EXTRAS = methods.EXTRAS | {"pip install scikit-learn": ("PIL", "sklearn")}
-SIDE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 8, 2, 64, 4, 4, 10
-CANVAS, FONT_SIZES = 64, (64, 92)
+SIDE, CANVAS, FONT_SIZES, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 8, 64, (64, 92), 2, 64, 4, 4, 10
 SIZE, BASE_EPOCHS, BASE_BATCH, BASE_RATE, BASE_SEED = 6000, 15, 100, 3e-3, 0
 TEST, VALIDATION, TRAIN, BATCH, EPOCHS = 997, 300, 200, 50, 30
 RANK, VERA_RANK = 16, 64
@@ -40,7 +38,7 @@ RATES = {
     VERA: (3e-2, 1e-1, 3e-1, 1.0),
     **dict.fromkeys((MISS, MISSE), (1e-3, 3e-3, 1e-2, 3e-2)),
 }
-SETTINGS = [*((method, 1.0) for method in RATES), (MISS, 0.5), (MISSE, 0.5)]
+SETTINGS = [*((method, 1.0) for method in RATES), (LORA, 0.5), (MISS, 0.5), (MISSE, 0.5)]
 Images = tuple[Tensor, Tensor]
 
 
@@ -87,8 +85,8 @@ def rendered(count: int, seed: int) -> Images:
     from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
     rng = numpy.random.RandomState(seed)
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    files = [path for path in sorted(folder.glob("DejaVu*.ttf")) if "Display" not in path.stem]
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf")
+    files = sorted(path for path in fonts if "Display" not in path.stem)
     load = functools.cache(lambda file, size: ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC))
     images = []
     for place in range(count):
@@ -98,9 +96,8 @@ def rendered(count: int, seed: int) -> Images:
         ImageDraw.Draw(image).text(centre, str(place % CLASSES), 255, font, anchor="mm", stroke_width=thickness)
         image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR).filter(ImageFilter.GaussianBlur(rng.uniform(0, 3)))
         images.append(numpy.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=numpy.float32) / 255)
-    contrast = rng.uniform(0.7, 1.1, (count, 1, 1))
-    noisy = numpy.clip(contrast * numpy.stack(images) + rng.normal(0, 0.05, (count, SIDE, SIDE)), 0, 1)
-    return torch.from_numpy(noisy).float(), torch.arange(count) % CLASSES
+    noisy = rng.uniform(0.7, 1.1, (count, 1, 1)) * numpy.stack(images) + rng.normal(0, 0.05, (count, SIDE, SIDE))
+    return torch.from_numpy(noisy).float().clip(0, 1), torch.arange(count) % CLASSES
 
 
 @functools.cache
@@ -207,13 +204,18 @@ def at_best(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
     return {key: select(of_key, lr=best_rate(of_key, "validation_accuracy", largest=True)) for key, of_key in own.items()}
 
 
+def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Test accuracy in per cent at the best learning rate and the whole budget, by method and seed."""
+    best = {method: runs for (method, share), runs in at_best(result["runs"]).items() if share == 1}
+    return {method: {run["seed"]: 100 * run["test_accuracy"] for run in runs} for method, runs in best.items()}
+
+
 def report(result: Mapping[str, Any]) -> str:
     """The table, in Markdown, and what lies beside it: the base, and half the budget against LoRA's whole."""
-    best, base, ours = at_best(result["runs"]), result["base"], (MISSE, 1.0)
+    best, base, ours, rows = at_best(result["runs"]), result["base"], (MISSE, 1.0), []
     test = {key: by_seed(runs, "test_accuracy") for key, runs in best.items()}
     p = holm({str(key): paired(test[ours], test[key]) for key in best if key != ours})
     head = ["method", "budget", "rank", "trained", "step, ms", "best rate", "validation, %", "test, %", "p against MiSSe"]
-    rows = []
     for (method, share), runs in best.items():
         step = f"{result['costs'][method]['step']['ms']:.1f}" if share == 1 else ""
         scores = [Estimate.of([100 * run[name] for run in runs]).text(1) for name in ("validation_accuracy", "test_accuracy")]
@@ -230,24 +232,27 @@ def report(result: Mapping[str, Any]) -> str:
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy against parameters and against learning rate, by name."""
     figure, (sizes, rates) = plots.panels(1, 2, height=3.6)
-    for place, ((method, share), runs) in enumerate(at_best(result["runs"]).items()):
-        mean, half = Estimate.of([100 * run["test_accuracy"] for run in runs])
-        x = runs[0]["trainable"] * 1.05 ** (place - len(SETTINGS) / 2)
+    best = at_best(result["runs"])
+    counts = {key: best[key][0]["trainable"] for key in sorted(best, key=lambda key: best[key][0]["trainable"])}
+    for (method, share), runs in best.items():
+        near = [key for key in counts if 0.8 < counts[key] / counts[method, share] < 1.25]
+        x = counts[method, share] * 1.07 ** (near.index((method, share)) - (len(near) - 1) / 2)
         others = {} if share == 1 else {"markerfacecolor": "white", "label": f"{method}, half the budget"}
+        mean, half = Estimate.of([100 * run["test_accuracy"] for run in runs])
         sizes.errorbar(x, mean, half, capsize=2, **plots.look(method, linestyle="", **others))
         if share == 1:
             swept = by_rate(select(result["runs"], method=method, budget=share), "test_accuracy")
             plots.band(rates, list(swept), [[100 * value for value in values] for values in swept.values()], method)
     sizes.set(xlabel="trained parameters (points a little apart)", ylabel="test accuracy, %", xscale="log")
-    rates.set(xlabel="learning rate", ylabel="test accuracy, %", xscale="log")
-    figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    rates.set(xlabel="learning rate", ylabel="test accuracy, % (cut at 60)", xscale="log", ylim=(60, None))
+    figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return {"digits_vit": figure}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is left to run, measure the costs, and print the table."""
     args = get_parser(__doc__, seeds=10).parse_args(argv)
-    require_extras("digits_vit", EXTRAS)
+    require_extras("digits_vit", methods.EXTRAS)
     seeds, epochs, size, rounds = (2, 1, 300, 3) if args.quick else (args.seeds, EPOCHS, SIZE, 100)
     result = run_all(jobs(seeds, epochs, size), work, args.json, args.workers)
     result |= {"base": base_accuracy(size), "costs": measure(rounds)}

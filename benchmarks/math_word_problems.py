@@ -306,6 +306,7 @@ def run(
             for rank in sizes if task == "gsm_symbolic" and method in RANKED else ():
                 final += jobs(task, method, ranks(rank)[method], [rate], reported[:2], exact=True, short=short)
     result = run_all([job for place, job in enumerate(final) if job not in final[:place]], work, path, workers)
+    result["runs"] = [run for run in runs if run not in result["runs"]] + result["runs"]  # without a file they would be lost
     result |= {"ranks": {str(rank): ranks(rank) for rank in sizes}, "batch_tokens": int(first_batch()[1].sum())}
     result["costs"] = measure(compared, 2 if short else 10)
     write(path, result)

@@ -1,8 +1,8 @@
 """The paper's Table 8 and Figure 4: what each method reaches beside the time and the memory that a training step takes.
 
-It collects the other experiments' results, as they are in ``benchmarks/results``. A method is on the front if no other is at least
-as good in quality, time and memory, and better in one of them. Quality is a mean over few seeds: the share of 2,000 resamplings of
-the seeds (bootstrap) in which a method is on the front says how certain that is.
+It collects the other experiments' results, as they are in ``benchmarks/results``. A method is on the front if no other is at
+least as good in quality, time and memory, and better in one of them. Quality is a mean over few seeds: the share of 2,000
+resamplings of the seeds (bootstrap) in which a method is on the front says how certain that is.
 """
 
 import random
@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import digits_vit
-import no_free_lunch
-
 import math_word_problems
+import no_free_lunch
 import word_valence
 from common import plots
 from common.runs import RESULTS, Estimate, read

@@ -9,10 +9,9 @@ from typing import Any
 
 import digits_vit
 import gradient_norm
+import math_word_problems
 import no_free_lunch
 import pareto
-
-import math_word_problems
 import word_valence
 from common import methods, plots
 from common.runs import RESULTS, read

@@ -2,16 +2,13 @@
 
 import copy
 
-import digits_vit as vit
 import pytest
 import torch
 from torch import nn
 
+import digits_vit as vit
 from common.methods import FULL, LORA, MISS, MISSE, VERA, adapt, trained
 from miss import adapted_modules, inject
-
-for name in ("matplotlib", "peft", "PIL", "scipy", "sklearn", "tqdm"):
-    pytest.importorskip(name)
 
 TINY = {"scale": None, "epochs": 1, "size": 100}
 

@@ -3,8 +3,12 @@
 import json
 import pathlib
 
+import pytest
+
 import layer_cost
 import model_cost
+import publish
+from common import plots
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -20,3 +24,17 @@ def test_tables_of_the_performance_page_are_the_results():
         assert layer_cost.tables(layers[f"threads={threads}"], threads) in page
     assert layer_cost.overview(layers) in page
     assert model_cost.report(result("model_cost")) in page
+
+
+@pytest.mark.parametrize("name", publish.SCRIPTS)
+def test_tables_of_the_experiments_page_are_the_results(name: str):
+    page = publish.PAGE.read_text()
+    assert publish.filled(page, name, publish.SCRIPTS[name].report(publish.load(name))) == page
+    assert f"<!-- {name} -->" in page
+
+
+@pytest.mark.parametrize("name", publish.SCRIPTS)
+def test_figures_are_of_the_results(name: str):
+    figures = [path for path in plots.FIGURES.glob("*.svg") if path.stem.startswith(name)]
+    assert figures
+    assert all(plots.digest(publish.sources(name)) in path.read_text() for path in figures)

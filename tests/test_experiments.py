@@ -4,16 +4,19 @@ import copy
 import json
 import math
 import pathlib
+import random
+import sys
+import types
 
-import gradient_norm
-import no_free_lunch
-import pareto
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import gradient_norm
 import math_word_problems as problems
+import no_free_lunch
+import pareto
 import word_valence
 from common import methods, runs
 from common.methods import COUNTS, FULL, LORA, LORA_FA, MISS, MISSE, VERA, Output, adapt, equal_rank, fit, trained
@@ -39,7 +42,7 @@ BATCH = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)), torch.on
 def test_each_method_trains_what_is_counted_and_learns(method: str):
     base = Small()
     linears = [base.body[0], base.body[2]]
-    budget = 4 * (20 + 8)
+    budget = 8 * (20 + 8)
     rank = equal_rank(method, budget, linears, vera=4)
     model = adapt(copy.deepcopy(base), method, rank, TARGETS, head="head", steps=30)
     count = sum(parameter.numel() for parameter in trained(model)) - base.head.weight.numel() - base.head.bias.numel()
@@ -113,9 +116,9 @@ def test_no_free_lunch(tmp_path: pathlib.Path):
     result = runs.run_all(jobs, no_free_lunch.work, None, 0)
     base = {run["train_curve"][0] for run in result["runs"] if run["seed"] == no_free_lunch.FIRST_SEED}
     assert len(base) == 1  # every method starts from the one base
-    assert all(
-        len(run["validation_curve"]) == 3 and run["validation_min"] <= run["validation_curve"][0] for run in result["runs"]
-    )
+    for run in result["runs"]:
+        assert len(run["validation_curve"]) == 3
+        assert run["validation_min"] == pytest.approx(min(run["validation_curve"]), rel=1e-3)
     result["costs"] = no_free_lunch.measure(2)
     assert result["costs"][MISS]["trainable"] == result["costs"][MISSE]["trainable"] == result["costs"][LORA]["trainable"] == 512
     assert no_free_lunch.report(result).count("\n") == 1 + len(no_free_lunch.RANKS)
@@ -152,7 +155,7 @@ def test_word_valence():
 
 def test_batches_hold_every_word_once():
     split = word_valence.Split([str(place) for place in range(150)], torch.arange(150.0))
-    seen = [batch for batch in word_valence.batches(split, [place % 5 for place in range(150)], 2, seed=1)]
+    seen = list(word_valence.batches(split, [place % 5 for place in range(150)], 2, seed=1))
     assert sorted(rating for _, ratings in seen for rating in ratings.tolist()) == sorted(2 * list(map(float, range(150))))
     assert all(words == [str(int(rating)) for rating in ratings] for words, ratings in seen)
     assert all(len({int(word) % 5 for word in words}) <= 3 for words, _ in seen)
@@ -170,6 +173,17 @@ class Letters:
         return ["".join(chr(token) for token in row).split("~")[0] for row in rows.tolist()]
 
 
+def create_dataset(task: str, size: int, seed: int, **settings: int) -> list[dict]:
+    """What `reasoning_gym` gives, in little."""
+    rng = random.Random(f"{task} {seed}")
+    pairs = [(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(size)]
+    worked = {"answer_cot": "#### {}"} if task == "gsm_symbolic" else {}
+    return [
+        {"question": f"{a} + {b}", "answer": str(a + b), "metadata": {key: text.format(a + b) for key, text in worked.items()}}
+        for a, b in pairs
+    ]
+
+
 @pytest.fixture
 def small_language_model(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     torch.manual_seed(0)
@@ -181,6 +195,7 @@ def small_language_model(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         function.cache_clear()
     monkeypatch.setattr(problems, "base", lambda: model)
     monkeypatch.setattr(problems, "tokenizer", Letters)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
     return model
 
 
