@@ -76,7 +76,7 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, A
 
 def environment() -> dict[str, object]:
     """Where and with what a benchmark ran."""
-    names = ("torch", "einops", "peft", "loralib", "transformers")
+    names = ("torch", "einops", "peft", "loralib", "transformers", "scipy", "reasoning_gym")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     described = subprocess.run(git, capture_output=True, text=True)
     return {
