@@ -4,8 +4,8 @@ The base is trained here, on digits rendered in the DejaVu fonts: shifted, turne
 the handwritten digits of scikit-learn, of the same size, with 20 training images a class. All methods adapt all linear layers of
 the blocks and train the head, at equal numbers of adapter parameters (VeRA, which cannot, at one rank), and each is reported at
 the learning rate that is best for it on validation images. MiSSe, MiSS and LoRA run at half that number too, where the paper's
-Table 6 has MiSS equal to LoRA. Seeds draw training images, adapters and batches; base, validation and test images are fixed, so
-that the intervals do not tell of another base or of other test images.
+Table 6 has MiSS equal to LoRA. Seeds draw training images, batches and adapters (VeRA's frozen matrices apart); base, validation
+and test images are fixed, so that the intervals do not tell of another base or of other test images.
 """
 
 import copy
@@ -170,7 +170,7 @@ def work(job: Run) -> Run:
 
 def ranks() -> dict[tuple[str, float], int | None]:
     """The rank of each method and share of the budget."""
-    linears = [layer for name, layer in Transformer().named_modules() if name.rpartition(".")[2] in TARGETS]
+    linears = methods.targeted(Transformer(), TARGETS).values()
     budget = sum(RANK * linear.out_features for linear in linears)
     return {(method, share): equal_rank(method, int(share * budget), linears, vera=VERA_RANK) for method, share in SETTINGS}
 
@@ -187,15 +187,14 @@ def jobs(seeds: int, epochs: int, size: int) -> list[Run]:
 
 def measure(rounds: int) -> dict[str, Any]:
     """Initialisation, step time and memory of each method at the full budget."""
-    torch.set_num_threads(1)
-    base, (images, labels) = Transformer(), handwritten()["pool"]
+    images, labels = handwritten()["pool"]
     full = {method: rank for (method, share), rank in ranks().items() if share == 1}
 
-    def build(method: str, rank: int | None) -> nn.Module:
-        return adapt(copy.deepcopy(base), method, rank, TARGETS, head="head", steps=10**6)
+    def build(method: str, rank: int | None, model: nn.Module, steps: int) -> nn.Module:
+        return adapt(model, method, rank, TARGETS, head="head", steps=steps)
 
     builds = {method: functools.partial(build, method, rank) for method, rank in full.items()}
-    return costs(builds, full, (images[:BATCH], labels[:BATCH]), LORA, rounds)
+    return costs(Transformer(), builds, full, (images[:BATCH], labels[:BATCH]), LORA, rounds=rounds)
 
 
 def at_best(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:

@@ -8,8 +8,9 @@ gradients G of its outputs. At the start, where the trained factor is zero, the 
     MiSS    dD = Ec^T M, which sums rows of M            |dD|^2 = |M|^2, if the rows within a sum are uncorrelated
 
 So MiSSe's norm is expected to be sqrt(3 k / r) times LoRA's and, at every rank, that of full fine-tuning of the same layers. How
-far reality is from that is the factor |M Ac^T|^2 / |M|^2, the correlation that the expectation assumes away. It is measured here,
-beside the same factor of the inputs alone, |X Ac^T|^2 / |X|^2. LoRA and PiSSA have alpha = rank, so that no other factor enters.
+far reality is from that is the factor |M Ac^T|^2 / |M|^2, the correlation that the expectation assumes away (a mean that is not
+zero counts too). It is measured here, beside the same factor of the inputs alone, |X Ac^T|^2 / |X|^2. LoRA and PiSSA have
+alpha = rank, so that no other factor enters.
 """
 
 import copy
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import math_word_problems as words
 import word_valence as valence
 from common import methods, plots
-from common.methods import FULL, LORA, MISS, MISSE, PISSA, adapt, trained
+from common.methods import FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trained
 from common.runs import Estimate, Run, get_parser, run_all, select
 from measure import require_extras, table
 from miss.functional import block_sum, shard_sum
@@ -37,21 +38,22 @@ MODELS = {MINILM: (valence.TARGETS, 64), SMOLLM2: (words.TARGETS, 4)}  # targets
 
 @functools.cache
 def material(name: str, batches: int) -> tuple[nn.Module, list[tuple[Any, ...]]]:
-    """A model in fp32 and its first training batches."""
+    """A model in fp32 and its first training batches, without padding: words of four tokens, problems cut to the shortest."""
     rows = MODELS[name][1]
     starts = range(0, batches * rows, rows)
     if name == MINILM:
         (encoder, tokenizer), (train, _, _) = valence.material(None)
         torch.manual_seed(0)
         model: nn.Module = valence.Model(encoder, tokenizer)
-        return model, [(train.words[start : start + rows], train.ratings[start : start + rows]) for start in starts]
+        lengths = [len(ids) for ids in tokenizer(train.words)["input_ids"]]
+        usual = [row for row, length in enumerate(lengths) if length == 4]
+        parts = [usual[start : start + rows] for start in starts]
+        return model, [([train.words[row] for row in part], train.ratings[part]) for part in parts]
     problems = words.problems("gsm_symbolic", batches * rows, words.TRAIN)
-    return words.Model(copy.deepcopy(words.base()).float()), [words.collate(problems[start : start + rows]) for start in starts]
-
-
-def adapted_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers that are adapted, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.endswith(targets)}
+    cuts = [problems[start : start + rows] for start in starts]
+    shortest = [min(len(row.question) + len(row.worked) for row in cut) for cut in cuts]
+    collated = [tuple(part[:, :length] for part in words.collate(cut)) for cut, length in zip(cuts, shortest)]
+    return words.Model(copy.deepcopy(words.base()).float()), collated
 
 
 def first_gradient(model: nn.Module, parameters: list[nn.Parameter], batch: tuple[Any, ...]) -> float:
@@ -95,7 +97,7 @@ def work(job: Run) -> Run:
     targets, _ = MODELS[job["model"]]
     base, batches = material(job["model"], job["batches"])
     base.eval().requires_grad_(False)
-    layers = adapted_layers(base, targets)
+    layers = targeted(base, targets)
     rank = job["rank"]
     weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
     seen = [correlation(base, layers, batch, rank) for batch in batches]
@@ -118,7 +120,7 @@ def jobs(batches: int) -> list[Run]:
 def report(result: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     rows = []
-    for run in result["runs"]:
+    for run in sorted(result["runs"], key=lambda run: (run["model"], run["rank"])):
         ratio = Estimate.of([own / lora for own, lora in zip(run["norms"][MISSE], run["norms"][LORA])])
         expected = Estimate.of([own / lora for own, lora in zip(run["expected"][MISSE], run["expected"][LORA])])
         low, middle, high = (sum(part) / len(part) for part in zip(*run["factor_inputs"]))

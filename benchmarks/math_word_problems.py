@@ -1,8 +1,8 @@
 """SmolLM2-135M learns to solve word problems: the paper's Figure 5 and Table 7 at a size for a CPU.
 
 Two tasks of `reasoning_gym`, procedural and with checkable answers: ``gsm_symbolic`` (the GSM8K templates with new names and
-numbers, answered in steps) and ``chain_sum`` (sums of two or three numbers of one or two digits). Problems held out have other
-numbers than those trained on, but for gsm_symbolic the same hundred templates. The base is in bf16, adapters are in fp32, all
+numbers, answered in steps) and ``chain_sum`` (sums of two or three numbers of one or two digits). Problems held out are not among
+those trained on, but those of gsm_symbolic have the same templates. The base is in bf16, adapters are in fp32, all
 linear layers are adapted, and methods train equally many parameters (those of MiSSe at rank 64). Each method's learning rate is
 the best of a sweep on validation loss with one seed; loss and exact-match accuracy on the test problems are reported for others.
 """
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from common import methods, plots
 from common.costs import costs
-from common.methods import DORA, LORA, MISS, MISSE, PISSA, Output, adapt, equal_rank, fit, trained
-from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, run_all, select, write
+from common.methods import DORA, LORA, MISS, MISSE, PISSA, Output, adapt, equal_rank, fit, targeted, trained
+from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
 from measure import require_extras, table
 from model_cost import load_base, smollm2
 
@@ -51,13 +51,13 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "gsm_symbolic": Task(batch=4, steps=50, held_out=40, longest=170, settings={}),
+    "gsm_symbolic": Task(batch=4, steps=40, held_out=32, longest=150, settings={}),
     "chain_sum": Task(
         batch=16, steps=60, held_out=128, longest=8, settings={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
     ),
 }
-# Seeds of the problems: two sets held out, and one set for each run.
-VALIDATION, TEST, TRAIN = 10_001, 10_002, 20_000
+# Seeds of the problems, further apart than any set is long: `reasoning_gym` draws problem i of a set from seed + i.
+VALIDATION, TEST, TRAIN, APART = 10_000_000, 20_000_000, 30_000_000, 100_000
 
 
 class Problem(NamedTuple):
@@ -168,19 +168,23 @@ def schedule(steps: int) -> Any:
 def work(job: Run) -> Run:
     """One run: adapt, train, and the losses; the accuracy too where it is asked for."""
     task, steps = TASKS[job["task"]], job["steps"]
-    rows = problems(job["task"], steps * task.batch, TRAIN + job["seed"])
+    validation, test = (problems(job["task"], job["held_out"], seed) for seed in (VALIDATION, TEST))
+    held_out = [row.question for row in (*validation, *test)]
+    rows = [
+        row for row in problems(job["task"], 2 * steps * task.batch, TRAIN + APART * job["seed"]) if row.question not in held_out
+    ]
+    rows = rows[: steps * task.batch]
     torch.manual_seed(job["seed"])
     model = Model(copy.deepcopy(base()))
     wrapped = adapt(model, job["method"], job["rank"], TARGETS, steps=steps)
     parts = [collate(rows[start : start + task.batch]) for start in range(0, len(rows), task.batch)]
     start = time.perf_counter()
     losses = list(fit(wrapped, job["method"], job["rank"], parts, lr=job["lr"], schedule=schedule(steps)))
-    test = problems(job["task"], job["held_out"], TEST)
     result: Run = {
         "trainable": sum(parameter.numel() for parameter in trained(model)),
         "losses": [round(loss, 4) for loss in losses],
         "tokens": sum(int(mask.sum()) for _, mask, _ in parts),
-        "validation_loss": held_out_loss(wrapped, problems(job["task"], job["held_out"], VALIDATION)),
+        "validation_loss": held_out_loss(wrapped, validation),
         "test_loss": held_out_loss(wrapped, test),
     }
     if job["exact"]:
@@ -200,7 +204,7 @@ def jobs(
 @functools.cache
 def ranks(rank: int) -> dict[str, int | None]:
     """The ranks at which the methods train as much as MiSSe at ``rank``."""
-    linears = [module for name, module in base().named_modules() if isinstance(module, nn.Linear) and name.endswith(TARGETS)]
+    linears = targeted(base(), TARGETS).values()
     budget = rank * sum(linear.out_features for linear in linears)
     return {method: equal_rank(method, budget, linears) for method in METHODS}
 
@@ -222,12 +226,12 @@ def first_batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def measure(compared: Sequence[str], rounds: int) -> dict[str, Any]:
     """Initialisation, step time and peak memory of each method, on a batch of gsm_symbolic."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    builds = {
-        method: functools.partial(lambda name: adapt(Model(copy.deepcopy(base())), name, ranks(RANK)[name], TARGETS), method)
-        for method in compared
-    }
-    return costs(builds, ranks(RANK), first_batch(), LORA, rounds)
+
+    def build(method: str, model: nn.Module, steps: int) -> nn.Module:
+        return adapt(model, method, ranks(RANK)[method], TARGETS)
+
+    builds = {method: functools.partial(build, method) for method in compared}
+    return costs(Model(base()), builds, ranks(RANK), first_batch(), LORA, rounds=rounds, threads=os.cpu_count() or 1)
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -238,7 +242,8 @@ def report(result: Mapping[str, Any]) -> str:
         p = holm({method: paired(losses[MISSE], losses[method]) for method in losses if method != MISSE})
         for method in losses:
             runs = final_runs(result, task, method)
-            cells = [task, method, runs[0]["rank"], runs[0]["trainable"], f"{runs[0]['lr']:g}"]
+            swept = select(result["runs"], task=task, method=method, exact=False)
+            cells = [task, method, runs[0]["rank"], runs[0]["trainable"], rate_text(runs[0]["lr"], swept)]
             cells += [Estimate.of(list(losses[method].values())).text(4), f"{p[method]:.2g}" if method in p else ""]
             rows.append([*cells, Estimate.of([100 * run["test_accuracy"] for run in runs]).text(1)])
     for method in [method for method in RANKED if method in result["costs"]]:
@@ -261,11 +266,11 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
             curves = [smooth(run["losses"]) for run in runs]
             values = list(zip(*curves))
             tokens = sum(run["tokens"] for run in runs) / len(runs) / len(values)
-            # Times are of the gsm_symbolic batch, for each token alike.
+            # Estimated from the step time of one batch of gsm_symbolic, for each token alike.
             second = result["costs"][method]["step"]["ms"] / 1e3 / result["batch_tokens"]
             for axis, unit in ((by_tokens, tokens), (by_time, tokens * second)):
                 plots.band(axis, [unit * (step + 1) for step in range(len(values))], values, method)
-        for axis, label in ((by_tokens, "training tokens"), (by_time, "time of the steps, s")):
+        for axis, label in ((by_tokens, "training tokens"), (by_time, "estimated time of the steps, s")):
             axis.set(title=task, xlabel=label, ylabel="training loss (running mean)", yscale="log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
     return {"math_word_problems": figure}

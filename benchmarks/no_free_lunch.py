@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import methods, plots
 from common.costs import costs
 from common.methods import ADALORA, DORA, FULL, LORA, MISS, MISSE, PISSA, VERA, Output, adapt, fit
-from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, run_all, select, write
+from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
 from measure import require_extras, table
 
 WIDTH, TRAIN, HELD_OUT, NOISE = 64, 50, 100, 0.05
@@ -104,16 +104,14 @@ def jobs(seeds: int, epochs: int, base_epochs: int) -> list[Run]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Initialisation and step time of each method."""
-    torch.set_num_threads(1)
+    """Initialisation, step time and memory of each method."""
     base, data = material(FIRST_SEED, 1)
-    builds = {
-        method: functools.partial(
-            lambda method, rank: adapt(copy.deepcopy(base), method, rank, TARGETS, steps=10**6), method, rank
-        )
-        for method, rank in RANKS.items()
-    }
-    return costs(builds, RANKS, data["train"], LORA, rounds)
+
+    def build(method: str, rank: int | None, model: nn.Module, steps: int) -> nn.Module:
+        return adapt(model, method, rank, TARGETS, steps=steps)
+
+    builds = {method: functools.partial(build, method, rank) for method, rank in RANKS.items()}
+    return costs(base, builds, RANKS, data["train"], LORA, rounds=rounds)
 
 
 def best_rates(result: Mapping[str, Any]) -> dict[str, float]:
@@ -146,12 +144,12 @@ def report(result: Mapping[str, Any]) -> str:
                 f"{price['step']['ms']:.2f}",
                 Estimate.of([run["train_curve"][-1] for run in given]).text(4),
                 Estimate.of([run["validation_min"] for run in given]).text(4),
-                f"{chosen[method]:g}",
+                rate_text(chosen[method], select(runs, method=method)),
                 Estimate.of(list(swept[method].values())).text(4),
                 f"{p[method]:.2g}" if method in p else "",
             ]
         )
-    head = ["method", "rank", "trained", "start, ms", "step, ms", "train loss, 1e-3", "least validation loss, 1e-3"]
+    head = ["method", "rank", "trained", "start, ms", "step, ms", "train loss at rate 1e-3", "least validation loss there"]
     return table([*head, "best rate", "test loss, best rate", "p against MiSSe"], rows)
 
 
@@ -171,7 +169,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
         step.errorbar(
             price["trainable"], middle, [[max(0, middle - low)], [max(0, high - middle)]], **plots.look(method, linestyle="")
         )
-    for axis, label in ((start, "initialisation, ms"), (step, "training step, ms (quartiles)")):
+    for axis, label in ((start, "initialisation, ms"), (step, "training step, ms (quartiles of its ratio to LoRA's)")):
         axis.set(xlabel="trained parameters", ylabel=label, xscale="log", ylim=(0, None))
     figure.legend(*train.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return {"no_free_lunch": figure}

@@ -2,7 +2,7 @@
 
 It collects the other experiments' results, as they are in ``benchmarks/results``. A method is on the front if no other is at
 least as good in quality, time and memory, and better in one of them. Quality is a mean over few seeds: the share of 2,000
-resamplings of the seeds (bootstrap) in which a method is on the front says how certain that is.
+resamplings of the seeds (bootstrap) in which a method is on the front says how certain that is, times and memory as measured.
 """
 
 import random
@@ -14,9 +14,9 @@ import digits_vit
 import math_word_problems
 import no_free_lunch
 import word_valence
-from common import plots
+from common import methods, plots
 from common.runs import RESULTS, Estimate, read
-from measure import table
+from measure import require_extras, table
 
 RESAMPLINGS = 2_000
 
@@ -51,8 +51,10 @@ def certainty(experiment: Experiment, result: Mapping[str, Any]) -> dict[str, fl
     qualities, costs = experiment.script.quality(result), result["costs"]
     rng = random.Random(0)
     counts = dict.fromkeys(qualities, 0)
+    seeds = sorted(set.intersection(*(set(values) for values in qualities.values())))
     for _ in range(RESAMPLINGS):
-        means = {name: statistics.fmean(rng.choices(list(values.values()), k=len(values))) for name, values in qualities.items()}
+        drawn = rng.choices(seeds, k=len(seeds))  # the same for all methods, as the seeds are paired
+        means = {name: statistics.fmean(values[seed] for seed in drawn) for name, values in qualities.items()}
         for name in front({name: point(experiment, mean, costs[name]) for name, mean in means.items()}):
             counts[name] += 1
     return {name: count / RESAMPLINGS for name, count in counts.items()}
@@ -60,7 +62,7 @@ def certainty(experiment: Experiment, result: Mapping[str, Any]) -> dict[str, fl
 
 def point(experiment: Experiment, quality: float, cost: Mapping[str, Any]) -> tuple[float, float, float]:
     """Quality, time and memory, turned so that less is better."""
-    return -experiment.sign * quality, cost["step"]["ms"], cost["peak"]
+    return -experiment.sign * quality, cost["step"]["ms"], cost["memory"]
 
 
 def report(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -75,8 +77,8 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
             low, high = cost["step"]["quartiles"]
             time = f"{cost['step']['median']:.2f} ({low:.2f} to {high:.2f})"
             cells = [method, cost["trainable"], Estimate.of(list(values.values())).text(4), time, f"{cost['step']['ms']:.3g}"]
-            rows.append([*cells, f"{cost['peak'] / 2**20:.3g}", f"{cost['start_ms']:.3g}", f"{100 * shares[method]:.0f} %"])
-        head = ["method", "trained", experiment.label, "step / LoRA's (quartiles)", "step, ms", "peak, MiB", "start, ms"]
+            rows.append([*cells, f"{cost['memory'] / 2**20:.3g}", f"{cost['start_ms']:.3g}", f"{100 * shares[method]:.0f} %"])
+        head = ["method", "trained", experiment.label, "step / LoRA's (quartiles)", "step, ms", "memory, MiB", "start, ms"]
         parts.append(f"`{name}`:\n\n" + table([*head, "on the front"], rows))
     return "\n\n".join(parts)
 
@@ -89,10 +91,10 @@ def figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for method, values in experiment.script.quality(result).items():
             mean, half = Estimate.of(list(values.values()))
             cost = result["costs"][method]
-            for axis, x in ((axes[column], cost["step"]["ms"]), (axes[column + len(EXPERIMENTS)], cost["peak"] / 2**20)):
+            for axis, x in ((axes[column], cost["step"]["ms"]), (axes[column + len(EXPERIMENTS)], cost["memory"] / 2**20)):
                 axis.errorbar(x, mean, half, **plots.look(method, linestyle="", capsize=2))
         axes[column].set(title=name, xlabel="training step, ms", ylabel=experiment.label)
-        axes[column + len(EXPERIMENTS)].set(xlabel="peak of a step, MiB", ylabel=experiment.label)
+        axes[column + len(EXPERIMENTS)].set(xlabel="memory of training, MiB", ylabel=experiment.label)
         if experiment.sign < 0:
             axes[column].invert_yaxis()
             axes[column + len(EXPERIMENTS)].invert_yaxis()
@@ -108,6 +110,7 @@ def load() -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Print the tables."""
+    require_extras("pareto", methods.EXTRAS)
     print(report(load()))
 
 

@@ -40,7 +40,7 @@ def load(name: str) -> dict[str, Any]:
 
 def filled(page: str, name: str, text: str) -> str:
     """The page with the table of one script replaced."""
-    return re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + text + found[2], page, flags=re.DOTALL)
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{text}\n{found[2]}", page, flags=re.DOTALL)
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from common.methods import (
     adapt,
     equal_rank,
 )
-from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, run_all, select, write
+from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
 from measure import require_extras, table
 from quickstart import BATCH, TARGETS, Rater, Split, load_encoder, load_splits, pearson
 
@@ -55,13 +55,16 @@ RATES = {
     MISS: (1e-4, 3e-4, 1e-3, 3e-3),
     MISSE: (1e-4, 3e-4, 1e-3, 3e-3),
 }
-# The second part: ranks at equal numbers of parameters, and rates wide enough to hold the best of each.
+# The second part, at equal numbers of parameters. The head has the adapter's rate, or its own: a scale moves the former along.
+HEAD = 3e-3
 STUDY = (
-    (MISSE, PAPER, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
-    (MISSE, ORTHONORMAL, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
-    (LORA, PAPER, (2, 8, 32), (3e-4, 1e-3, 3e-3, 1e-2)),
-    (MISS, PAPER, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
-    (MISS, ORTHONORMAL, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
+    (MISSE, PAPER, None, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
+    (MISSE, ORTHONORMAL, None, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
+    (LORA, PAPER, None, (2, 8, 32), (3e-4, 1e-3, 3e-3, 1e-2)),
+    (MISS, PAPER, None, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
+    (MISS, ORTHONORMAL, None, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
+    (MISSE, PAPER, HEAD, (4, 16, 64), (1e-4, 3e-4, 1e-3)),
+    (MISSE, ORTHONORMAL, HEAD, (4, 16, 64), (1e-3, 3e-3, 1e-2)),
 )
 STUDY_SEEDS = 3
 
@@ -115,7 +118,8 @@ def work(job: Run) -> Run:
     model = adapt(model, method, rank, TARGETS, scale=job["scale"], head="head", steps=steps)
     trainable = sum(parameter.numel() for parameter in methods.trained(model))
     data = batches(train, lengths, job["epochs"], job["seed"])
-    curve = list(methods.fit(model, method, rank, data, lr=job["lr"], schedule=lambda step: 1 - step / steps))
+    head = (model.get_submodule("head"), job["head_lr"]) if job["head_lr"] else None
+    curve = list(methods.fit(model, method, rank, data, lr=job["lr"], schedule=lambda step: 1 - step / steps, head=head))
     tail = curve[-max(1, steps // 10) :]
     result = {"trainable": trainable, "train_mse": sum(tail) / len(tail)}
     for name, split in (("validation", validation), ("test", test)):
@@ -126,15 +130,15 @@ def work(job: Run) -> Run:
 def jobs(seeds: int, study_seeds: int, words: int | None, epochs: int) -> list[Run]:
     """The settings of every run, the comparison first."""
     encoder = material(words)[0][0]
-    linears = [module for name, module in encoder.named_modules() if isinstance(module, nn.Linear) and name.endswith(TARGETS)]
+    linears = methods.targeted(encoder, TARGETS).values()
     budget = sum(RANK * linear.out_features for linear in linears)
     size = {"words": words, "epochs": epochs}
-    comparison = [(method, equal_rank(method, budget, linears), PAPER, rates) for method, rates in RATES.items()]
-    study = [(method, rank, scale, rates) for method, scale, ranks, rates in STUDY for rank in ranks]
+    comparison = [(method, equal_rank(method, budget, linears), PAPER, None, rates) for method, rates in RATES.items()]
+    study = [(method, rank, scale, head, rates) for method, scale, head, ranks, rates in STUDY for rank in ranks]
     wanted = [
-        {"method": method, "rank": rank, "scale": scale, "lr": lr, "seed": seed, **size}
+        {"method": method, "rank": rank, "scale": scale, "head_lr": head, "lr": lr, "seed": seed, **size}
         for seed in range(seeds)
-        for method, rank, scale, rates in comparison + (study if seed < study_seeds else [])
+        for method, rank, scale, head, rates in comparison + (study if seed < study_seeds else [])
         for lr in rates
     ]
     return [job for place, job in enumerate(wanted) if job not in wanted[:place]]
@@ -142,15 +146,15 @@ def jobs(seeds: int, study_seeds: int, words: int | None, epochs: int) -> list[R
 
 def measure(rounds: int, words: int | None) -> dict[str, Any]:
     """Initialisation, step time and peak memory of each method at equal numbers of parameters, on a batch of 64 words."""
-    torch.set_num_threads(1)
     (encoder, tokenizer), (train, _, _) = material(words)
     ranks = {job["method"]: job["rank"] for job in jobs(1, 0, words, EPOCHS)}
 
-    def build(method: str) -> nn.Module:
-        return adapt(Model(copy.deepcopy(encoder), tokenizer), method, ranks[method], TARGETS, head="head", steps=10**6)
+    def build(method: str, model: nn.Module, steps: int) -> nn.Module:
+        return adapt(model, method, ranks[method], TARGETS, head="head", steps=steps)
 
     builds = {method: functools.partial(build, method) for method in RATES}
-    return costs(builds, ranks, (train.words[:BATCH], train.ratings[:BATCH]), LORA, rounds)
+    batch = train.words[:BATCH], train.ratings[:BATCH]
+    return costs(Model(encoder, tokenizer), builds, ranks, batch, LORA, rounds=rounds)
 
 
 def at_best(runs: list[Run], metric: str, **settings: Any) -> tuple[float, dict[int, float]]:
@@ -162,7 +166,10 @@ def at_best(runs: list[Run], metric: str, **settings: Any) -> tuple[float, dict[
 
 def comparison(result: Mapping[str, Any]) -> dict[str, list[Run]]:
     """The runs at equal numbers of parameters, by method."""
-    return {name: select(result["runs"], method=name, rank=cost["rank"], scale=PAPER) for name, cost in result["costs"].items()}
+    return {
+        name: select(result["runs"], method=name, rank=cost["rank"], scale=PAPER, head_lr=None)
+        for name, cost in result["costs"].items()
+    }
 
 
 def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
@@ -178,7 +185,7 @@ def report(result: Mapping[str, Any]) -> str:
     rows = []
     for method, mine in comparison(result).items():
         rate, errors = at_best(mine, "test_mse")
-        cells = [method, mine[0]["rank"] or "-", mine[0]["trainable"], f"{rate:g}"]
+        cells = [method, mine[0]["rank"] or "-", mine[0]["trainable"], rate_text(rate, mine)]
         cells += [Estimate.of(list(scores[method].values())).text(4), Estimate.of(list(errors.values())).text(3)]
         rows.append([*cells, f"{p[method]:.2g}" if method in p else ""])
     head = ["method", "rank", "trained", "best rate", "test r", "test mean squared error", "p against MiSSe"]
@@ -188,18 +195,27 @@ def report(result: Mapping[str, Any]) -> str:
 def report_study(runs: list[Run]) -> str:
     """How far one learning rate serves all ranks: the best rate and r of each rank, and what the best common rate costs."""
     rows = []
-    for method, scale, ranks, rates in STUDY:
-        cells_of = {rank: by_rate(select(runs, method=method, scale=scale, rank=rank), "validation_r") for rank in ranks}
+    for method, scale, head, ranks, rates in STUDY:
+        cells_of = {
+            rank: by_rate(select(runs, method=method, scale=scale, head_lr=head, rank=rank), "validation_r") for rank in ranks
+        }
         means = {rank: {rate: statistics.fmean(of_rate) for rate, of_rate in cells.items()} for rank, cells in cells_of.items()}
         shared = [rate for rate in rates if all(rate in of_rank for of_rank in means.values())]
         lost = {rate: max(max(of_rank.values()) - of_rank[rate] for of_rank in means.values()) for rate in shared}
         common = min(lost, key=lambda rate: lost[rate])
         for rank in ranks:
-            rate, values = at_best(runs, "test_r", method=method, scale=scale, rank=rank)
-            cells = [method, scale or "own", rank, f"{rate:g}", Estimate.of(list(values.values())).text(4)]
+            rate, values = at_best(runs, "test_r", method=method, scale=scale, head_lr=head, rank=rank)
+            cells = [
+                method,
+                scale or "own",
+                f"{head:g}" if head else "same",
+                rank,
+                rate_text(rate, select(runs, method=method, scale=scale, head_lr=head, rank=rank)),
+                Estimate.of(list(values.values())).text(4),
+            ]
             rows.append([*cells, f"{common:g}", f"{max(means[rank].values()) - means[rank][common]:.4f}"])
-    head = ["method", "scale", "rank", "best rate", "test r", "best common rate", "validation r lost there"]
-    return table(head, rows)
+    titles = ["method", "scale", "head's rate", "rank", "best rate", "test r", "best common rate", "validation r lost there"]
+    return table(titles, rows)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,9 +228,9 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     axis.set(xlabel="learning rate", ylabel="Pearson r on held-out words", xscale="log", ylim=(0.7, None))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     scales, axes = plots.panels(1, len(STUDY), width=2.6, sharey=True)
-    for axis, (method, scale, ranks, _) in zip(axes, STUDY):
+    for axis, (method, scale, head, ranks, _) in zip(axes, STUDY):
         for place, rank in enumerate(ranks):
-            rates = by_rate(select(runs, method=method, scale=scale, rank=rank), "test_r")
+            rates = by_rate(select(runs, method=method, scale=scale, head_lr=head, rank=rank), "test_r")
             plots.band(
                 axis,
                 list(rates),
@@ -224,7 +240,12 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
                 alpha=(1.0, 0.7, 0.4)[place],
                 marker="os^"[place],
             )
-        axis.set(title=f"{method}, scale {scale or 'own'}", xlabel="learning rate", xscale="log", ylim=(0.7, None))
+        axis.set(
+            title=f"{method}, scale {scale or 'own'}" + (f",\nhead at {head:g}" if head else ""),
+            xlabel="learning rate",
+            xscale="log",
+            ylim=(0.7, None),
+        )
         axis.legend()
     axes[0].set_ylabel("Pearson r on held-out words")
     return {"word_valence": figure, "word_valence_scale": scales}

@@ -1,7 +1,9 @@
-"""What the methods cost on one model: parameters, initialisation, step time and peak memory, measured side by side."""
+"""What the methods cost on one model: parameters, initialisation, step time and memory, measured side by side."""
 
+import copy
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,30 +15,51 @@ from measure import interleaved, peak_bytes, ratios
 
 
 def costs(
-    builds: Mapping[str, Callable[[], nn.Module]], ranks: Mapping[str, int | None], batch: tuple[Any, ...], base: str, rounds: int
+    model: nn.Module,
+    builds: Mapping[str, Callable[[nn.Module, int], nn.Module]],
+    ranks: Mapping[str, int | None],
+    batch: tuple[Any, ...],
+    base: str,
+    *,
+    rounds: int,
+    threads: int = 1,
 ) -> dict[str, dict[str, Any]]:
-    """Of each method: ``trainable`` parameters, ``rank``, ``start_ms`` (the build, which includes a copy of the base), ``step``
-    (see `measure.ratios`, to ``base``) and ``peak``, the bytes that a step holds beyond model, gradients and optimizer state.
+    """Of each method, on copies of ``model``: what it trains, and what it costs.
 
-    A build gives the adapted model. Everything is timed in this process on the threads it has, the methods taking turns.
+    ``trainable`` parameters, ``rank``, ``start_ms`` to adapt the copy, ``step`` (see `measure.ratios`, to the method ``base``),
+    and ``memory`` in bytes: parameters, buffers, AdamW's two states, and what a step holds beyond them at one time, gradients
+    included (AdaLoRA's importance scores are not counted). A build takes the copy and the length of the training, by which
+    AdaLoRA plans. Everything is timed in this process, the methods taking turns.
     """
-    starts = interleaved(builds, max(3, rounds // 3))
-    models = {name: build() for name, build in builds.items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    steps = 3 * rounds  # most of what is timed lies in AdaLoRA's middle part, where it fits its budget
+    starts: dict[str, list[float]] = {name: [] for name in builds}
+    models = {}
+    for _ in range(max(3, rounds // 10)):
+        for name, build in builds.items():
+            models[name] = copy.deepcopy(model)
+            start = time.perf_counter()
+            models[name] = build(models[name], steps)
+            starts[name].append(time.perf_counter() - start)
 
     def stepper(name: str) -> Callable[[], object]:
-        steps = fit(models[name], name, ranks[name], itertools.repeat(batch), lr=1e-4, schedule=lambda step: 1.0)
-        return lambda: next(steps)
+        run = fit(models[name], name, ranks[name], itertools.repeat(batch), lr=1e-4, schedule=lambda step: 1.0)
+        return lambda: next(run)
 
-    steps = {name: stepper(name) for name in models}
-    times = ratios(interleaved(steps, rounds), base)
-    return {
-        name: {
-            "trainable": sum(parameter.numel() for parameter in trained(model)),
+    steppers = {name: stepper(name) for name in models}
+    times = ratios(interleaved(steppers, rounds), base)
+    result = {}
+    for name, adapted in models.items():
+        weights = trained(adapted)
+        held = sum(tensor.nbytes for tensor in (*adapted.parameters(), *adapted.buffers(), *weights, *weights))
+        result[name] = {
+            "trainable": sum(parameter.numel() for parameter in weights),
             "rank": ranks[name],
             "start_ms": 1e3 * statistics.median(starts[name]),
             "step": times[name],
-            "peak": peak_bytes(steps[name]),
-            "threads": torch.get_num_threads(),
+            "memory": held + peak_bytes(steppers[name], clear=weights),
+            "threads": threads,
         }
-        for name, model in models.items()
-    }
+    torch.set_num_threads(before)
+    return result

@@ -66,8 +66,14 @@ def equal_rank(method: str, budget: int, linears: Iterable[nn.Linear], *, vera: 
     return max(1, (budget - fixed) // (each - fixed))
 
 
+def targeted(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose last name is among ``targets``, by their whole names."""
+    named = model.named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets}
+
+
 def alpha(method: str, rank: int, scale: float | None = None) -> float:
-    """LoRA's alpha: ``scale`` times the rank, if given.
+    """LoRA's alpha: ``scale`` times the rank, if given (for methods whose factor is alpha over rank).
 
     Else twice the rank, as in the paper's Table 10, for PiSSA the rank, and 16 for rsLoRA, which divides by the rank's root.
     """
@@ -134,20 +140,25 @@ def fit(
     *,
     lr: float,
     schedule: Callable[[int], float],
+    head: tuple[nn.Module, float] | None = None,
 ) -> Iterator[float]:
     """Train with AdamW, without weight decay, one step for each batch; yield the loss of each step when it is done.
 
-    ``schedule`` gives the factor of the rate at each step. The model's output has a ``loss``.
+    ``schedule`` gives the factor of the rate at each step. The model's output has a ``loss``. ``head`` is a part of the model
+    with a learning rate of its own.
     """
     if method == LORA_FA:
         from peft.optimizers import create_lorafa_optimizer
 
         optimizer = create_lorafa_optimizer(model, r=rank, lora_alpha=alpha(method, rank), lr=lr)
     else:
-        optimizer = torch.optim.AdamW(trained(model), lr=lr, weight_decay=0.0)
+        own = trained(head[0]) if head else []
+        others = [parameter for parameter in trained(model) if all(parameter is not each for each in own)]
+        groups = [{"params": others}, {"params": own, "lr": head[1]}] if head else others
+        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    model.train()
     for step, batch in enumerate(batches):
-        model.train()
         loss = model(*batch).loss
         optimizer.zero_grad()
         loss.backward()

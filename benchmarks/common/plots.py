@@ -9,7 +9,7 @@ from common.methods import ADALORA, DORA, FULL, LORA, LORA_FA, MISS, MISSE, PISS
 from common.runs import Estimate
 
 FIGURES = Path(__file__).parent.parent.parent / "docs" / "figures"
-# Okabe and Ito's palette, which the common forms of colour blindness leave apart; markers and dashes differ too.
+# After Okabe and Ito, whose colours the common forms of colour blindness leave apart; markers and dashes differ too.
 STYLES: dict[str, tuple[str, str, str]] = {
     MISSE: ("#D55E00", "o", "-"),
     MISS: ("#E69F00", "s", "-"),
@@ -43,8 +43,8 @@ def panels(rows: int, columns: int, *, width: float = 3.6, height: float = 2.8, 
     from matplotlib import pyplot
 
     matplotlib.use("svg")
-    with pyplot.rc_context(SETTINGS):
-        figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **kwargs)
+    pyplot.rcParams.update(SETTINGS)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **kwargs)
     return figure, list(axes.flat)
 
 
@@ -68,8 +68,7 @@ def save(figure: Any, name: str, sources: Iterable[Path]) -> None:
     from matplotlib import pyplot
 
     FIGURES.mkdir(exist_ok=True)
-    with pyplot.rc_context(SETTINGS):
-        figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None, "Description": digest(sources)})
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None, "Description": digest(sources)})
     pyplot.close(figure)
 
 

@@ -51,10 +51,11 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's correction of p values for the number of comparisons (Holm 1979, doi 10.2307/4615733)."""
-    adjusted, floor = {}, 0.0
-    for place, name in enumerate(sorted(values, key=lambda name: values[name])):
-        floor = adjusted[name] = max(floor, min(1.0, values[name] * (len(values) - place)))
+    """Holm's correction of p values for the number of comparisons (Holm 1979, doi 10.2307/4615733); nan stays nan."""
+    adjusted, floor = dict(values), 0.0
+    known = [name for name in values if not math.isnan(values[name])]
+    for place, name in enumerate(sorted(known, key=lambda name: values[name])):
+        floor = adjusted[name] = max(floor, min(1.0, values[name] * (len(known) - place)))
     return adjusted
 
 
@@ -64,8 +65,13 @@ def select(runs: Iterable[Run], **settings: Any) -> list[Run]:
 
 
 def by_seed(runs: Iterable[Run], metric: str) -> dict[int, float]:
-    """A metric of runs that differ by seed."""
-    return {run["seed"]: run[metric] for run in runs}
+    """A metric of runs that differ by seed; two runs of one seed are an error, since they differ in some setting."""
+    result: dict[int, float] = {}
+    for run in runs:
+        if run["seed"] in result:
+            raise ValueError(f"two runs of seed {run['seed']}: {run}; keep runs of other settings in a file of their own")
+        result[run["seed"]] = run[metric]
+    return result
 
 
 def by_rate(runs: Iterable[Run], metric: str) -> dict[float, list[float]]:
@@ -97,6 +103,21 @@ def write(path: Path | None, result: Mapping[str, Any]) -> None:
         os.replace(draft, path)
 
 
+def finite(value: Any) -> Any:
+    """The value, with None for each number inside that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(of_key) for key, of_key in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rate_text(rate: float, runs: Iterable[Run]) -> str:
+    """A learning rate for a table, marked where it is the least or the largest that was tried."""
+    rates = {run["lr"] for run in runs}
+    return f"{rate:g}" + (" (edge)" if rate in (min(rates), max(rates)) else "")
+
+
 def run_all(jobs: Sequence[Run], work: Callable[[Run], Run], path: Path | None, workers: int) -> dict[str, Any]:
     """Run ``work`` on the settings of every job; return the result file's content, ``{"environment": ..., "runs": [...]}``.
 
@@ -108,12 +129,11 @@ def run_all(jobs: Sequence[Run], work: Callable[[Run], Run], path: Path | None, 
     from tqdm import tqdm
 
     result = read(path) | {"environment": environment()}
-    done = [{key: run.get(key) for key in jobs[0]} for run in result["runs"]]
+    done = [{key: run[key] for key in jobs[0] if key in run} for run in result["runs"]]
     left = [job for job in jobs if job not in done]
 
     def keep(job: Run, outcome: Run) -> None:
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in outcome.items()}
-        result["runs"].append({**job, **clean, "commit": result["environment"]["commit"]})
+        result["runs"].append({**job, **finite(outcome), "commit": result["environment"]["commit"]})
         write(path, result)
 
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="run", disable=None) as bar:
