@@ -113,6 +113,12 @@ def problems(task: str, count: int, seed: int) -> list[Problem]:
     return rows
 
 
+def fresh(task: str, count: int, seed: int, seen: list[Problem]) -> list[Problem]:
+    """Problems of a task that are not among those ``seen``."""
+    known = [row.question for row in seen]
+    return [row for row in problems(task, 2 * count, seed) if row.question not in known][:count]
+
+
 def collate(rows: list[Problem]) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, attention mask and answer mask, padded on the right."""
     width = max(len(question) + len(answer) for question, answer, _ in rows)
@@ -168,12 +174,9 @@ def schedule(steps: int) -> Any:
 def work(job: Run) -> Run:
     """One run: adapt, train, and the losses; the accuracy too where it is asked for."""
     task, steps = TASKS[job["task"]], job["steps"]
-    validation, test = (problems(job["task"], job["held_out"], seed) for seed in (VALIDATION, TEST))
-    held_out = [row.question for row in (*validation, *test)]
-    rows = [
-        row for row in problems(job["task"], 2 * steps * task.batch, TRAIN + APART * job["seed"]) if row.question not in held_out
-    ]
-    rows = rows[: steps * task.batch]
+    validation = fresh(job["task"], job["held_out"], VALIDATION, [])
+    test = fresh(job["task"], job["held_out"], TEST, validation)
+    rows = fresh(job["task"], steps * task.batch, TRAIN + APART * job["seed"], validation + test)
     torch.manual_seed(job["seed"])
     model = Model(copy.deepcopy(base()))
     wrapped = adapt(model, job["method"], job["rank"], TARGETS, steps=steps)

@@ -17,10 +17,13 @@ import gradient_norm
 import math_word_problems as problems
 import no_free_lunch
 import pareto
+import publish
 import word_valence
 from common import methods, runs
+from common.costs import costs
 from common.methods import COUNTS, FULL, LORA, LORA_FA, MISS, MISSE, VERA, Output, adapt, equal_rank, fit, trained
 from common.runs import Estimate
+from miss import functional
 
 
 class Small(nn.Module):
@@ -40,6 +43,7 @@ BATCH = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)), torch.on
 
 @pytest.mark.parametrize("method", [*COUNTS, VERA, FULL])
 def test_each_method_trains_what_is_counted_and_learns(method: str):
+    torch.manual_seed(0)
     base = Small()
     linears = [base.body[0], base.body[2]]
     budget = 8 * (20 + 8)
@@ -52,21 +56,48 @@ def test_each_method_trains_what_is_counted_and_learns(method: str):
     with torch.no_grad():
         torch.testing.assert_close(model(*BATCH).predictions, base(*BATCH).predictions)
     before = {name: value.clone() for name, value in model.named_parameters()}
+    wanted = {name for name, value in model.named_parameters() if value.requires_grad}
     losses = list(fit(model, method, rank, [BATCH] * 30, lr=1e-2, schedule=lambda step: 1 - step / 30))
     assert losses[-1] < 0.5 * losses[0]
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert any("head" in name for name in moved)
-    if method != FULL:
-        assert not any(name.endswith(("body.0.weight", "base_layer.weight", "body.2.bias")) for name in moved)
+    assert moved == wanted
+    assert {name.rpartition(".")[2] for name in moved if "head" in name} == {"weight", "bias"}
     if method == LORA_FA:
         assert not any("lora_A" in name for name in moved)
 
 
 def test_orthonormal_scale_gives_the_fixed_factor_unit_rows():
-    for method, shared in ((MISSE, (12, 20)), (MISS, (20, 8))):
+    for method, frozen in ((MISSE, lambda a, b: a), (MISS, lambda a, b: b.T)):
         model = adapt(Small(), method, 4, TARGETS, scale=methods.ORTHONORMAL)
-        for layer, width in zip((model.body[0], model.body[2]), shared):
-            assert layer.scale == math.sqrt(4 / width)
+        for layer in (model.body[0], model.body[2]):
+            a, b = (
+                functional.misse_factors(layer.miss_D, layer.in_features, layer.out_features)
+                if method == MISSE
+                else (functional.miss_factors(layer.miss_D, layer.out_features))
+            )
+            torch.testing.assert_close(layer.scale * frozen(a, b).norm(dim=1), torch.ones(4))
+
+
+def test_a_head_has_its_own_rate():
+    model = adapt(Small(), MISSE, 4, TARGETS, head="head")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    list(fit(model, MISSE, 4, [BATCH], lr=1e-3, schedule=lambda step: 1.0, head=(model.head, 1e-1)))
+    # The first step of Adam is the rate itself, whatever the gradient.
+    steps = {name: (value - before[name]).abs().max().item() for name, value in model.named_parameters()}
+    assert steps["head.bias"] == pytest.approx(1e-1, rel=1e-3)
+    assert steps["body.0.miss_D"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_costs_count_the_memory_of_training():
+    base = Small()
+    builds = {method: lambda model, steps, method=method: adapt(model, method, 4, TARGETS) for method in (LORA, MISSE)}
+    result = costs(base, builds, dict.fromkeys(builds, 4), BATCH, LORA, rounds=3)
+    own = sum(value.nbytes for value in base.parameters())
+    for cost in result.values():
+        adapters = 4 * cost["trainable"]
+        assert cost["memory"] > own + 4 * adapters  # weights, D, its two states and its gradient, and something to hold in a step
+        assert cost["memory"] < own + 4 * adapters + 20_000
+    assert result[LORA]["step"]["median"] == 1.0
 
 
 def test_statistics():
@@ -76,6 +107,10 @@ def test_statistics():
     # Differences 1, 2, 3: t = 2 / (1 / sqrt(3)), two-sided p with 2 degrees of freedom.
     assert runs.paired({0: 2.0, 1: 4.0, 2: 6.0, 9: 1.0}, {0: 1.0, 1: 2.0, 2: 3.0}) == pytest.approx(0.0741799, abs=1e-6)
     assert math.isnan(runs.paired({0: 1.0}, {0: 2.0}))
+    assert math.isnan(runs.holm({"a": math.nan, "b": 1e-6})["a"])
+    assert runs.holm({"a": math.nan, "b": 1e-6, "c": 1e-4})["c"] == 1e-4
+    with pytest.raises(ValueError, match="two runs of seed 1"):
+        runs.by_seed([{"seed": 1, "r": 1.0, "epochs": 1}, {"seed": 1, "r": 2.0, "epochs": 2}], "r")
     assert runs.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
 
@@ -93,7 +128,7 @@ def test_the_best_rate_is_none_that_diverged():
 def double(job: dict) -> dict:
     if job["x"] == 3:
         raise ValueError("three")
-    return {"y": 2 * job["x"], "none": math.nan}
+    return {"y": 2 * job["x"], "none": math.nan, "curve": [1.0, math.inf]}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -102,7 +137,7 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: pathlib.Path, workers: int):
     with pytest.raises(ValueError, match="three"):
         runs.run_all([{"x": 1}, {"x": 2}, {"x": 3}], double, path, workers)
     kept = runs.read(path)["runs"]
-    assert [(run["x"], run["y"], run["none"]) for run in kept] == [(1, 2, None), (2, 4, None)]
+    assert [(run["x"], run["y"], run["none"], run["curve"]) for run in kept] == [(1, 2, None, [1, None]), (2, 4, None, [1, None])]
     kept[0]["y"] = "not run again"
     path.write_text(json.dumps({"runs": kept, "note": [1]}))
     result = runs.run_all([{"x": 1}, {"x": 4}], double, path, workers)
@@ -138,7 +173,7 @@ def check_figures(script, result: dict) -> None:
 @pytest.fixture
 def short_words(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(word_valence, "RATES", {LORA: (1e-3,), MISSE: (1e-3,)})
-    monkeypatch.setattr(word_valence, "STUDY", ((MISSE, methods.ORTHONORMAL, (4,), (1e-3, 1e-2)),))
+    monkeypatch.setattr(word_valence, "STUDY", ((MISSE, methods.ORTHONORMAL, 3e-3, (4,), (1e-3, 1e-2)),))
 
 
 @pytest.mark.usefixtures("short_words")
@@ -149,7 +184,7 @@ def test_word_valence():
     assert lora[0]["trainable"] == misse[0]["trainable"]
     result["costs"] = word_valence.measure(2, 100)
     assert "| MiSSe | 16 |" in word_valence.report(result)
-    assert "orthonormal | 4 |" in word_valence.report(result)
+    assert "orthonormal | 0.003 | 4 |" in word_valence.report(result)
     check_figures(word_valence, result)
 
 
@@ -175,8 +210,8 @@ class Letters:
 
 def create_dataset(task: str, size: int, seed: int, **settings: int) -> list[dict]:
     """What `reasoning_gym` gives, in little."""
-    rng = random.Random(f"{task} {seed}")
-    pairs = [(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(size)]
+    draws = [random.Random(seed + place) for place in range(size)]  # as it does: sets of neighbouring seeds overlap
+    pairs = [(rng.randint(0, 999), rng.randint(0, 999)) for rng in draws]
     worked = {"answer_cot": "#### {}"} if task == "gsm_symbolic" else {}
     return [
         {"question": f"{a} + {b}", "answer": str(a + b), "metadata": {key: text.format(a + b) for key, text in worked.items()}}
@@ -232,6 +267,18 @@ def test_the_final_answer(text: str, number: float | None):
     assert problems.final(text) == number
 
 
+def test_problems_held_out_are_not_trained_on(small_language_model: LlamaForCausalLM):
+    def questions(rows: list[problems.Problem]) -> set[tuple[int, ...]]:
+        return {tuple(row.question) for row in rows}
+
+    seeds = (problems.VALIDATION, problems.TEST, problems.TRAIN, problems.TRAIN + problems.APART)
+    for task in problems.TASKS:
+        sets = [questions(problems.problems(task, 600, seed)) for seed in seeds]
+        assert all(len(a & b) < 10 for place, a in enumerate(sets) for b in sets[:place])  # by chance; shifted sets share all
+        seen = problems.problems(task, 10, problems.TRAIN)
+        assert not questions(problems.fresh(task, 50, problems.TRAIN, seen)) & questions(seen)
+
+
 def test_accuracy_reads_the_decoded_answer(small_language_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     def answer(input_ids: torch.Tensor, **settings: object) -> torch.Tensor:
         tokens = torch.tensor([list(map(ord, "#### 7~"))] * len(input_ids))
@@ -245,7 +292,7 @@ def test_accuracy_reads_the_decoded_answer(small_language_model: LlamaForCausalL
 def test_gradient_norms_are_those_of_the_formulas(monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     base = Small()
-    monkeypatch.setattr(gradient_norm, "MODELS", {"small": (TARGETS, 6)})
+    monkeypatch.setattr(gradient_norm, "MODELS", {"small": (("0", "2"), 6)})
     monkeypatch.setattr(gradient_norm, "material", lambda name, batches: (base, [BATCH] * batches))
     run = gradient_norm.work({"model": "small", "rank": 4, "batches": 2})
     base.requires_grad_(True)
@@ -283,3 +330,25 @@ def test_lora_is_expected_what_it_has_on_average():
 def test_the_front_holds_what_nothing_dominates():
     points = {"best": (1.0, 1.0, 1.0), "cheap": (2.0, 0.5, 1.0), "worse": (1.0, 1.0, 1.5), "equal": (1.0, 1.0, 1.0)}
     assert pareto.front(points) == {"best", "cheap", "equal"}
+
+
+class Fixed:
+    """A script with qualities alone: ``sure`` is the best of every seed, ``lucky`` in one of two."""
+
+    @staticmethod
+    def quality(result: dict) -> dict:
+        return {"sure": {0: 3.0, 1: 3.0}, "lucky": {0: 4.0, 1: 0.0}, "never": {0: 1.0, 1: 1.0}}
+
+
+def test_certainty_is_the_share_of_resamplings_on_the_front():
+    cost = {"step": {"ms": 1.0}, "memory": 1.0}
+    shares = pareto.certainty(pareto.Experiment(Fixed, "", 1), {"costs": dict.fromkeys(("sure", "lucky", "never"), cost)})
+    # Of two seeds, "lucky" is ahead where both draws are seed 0: a quarter.
+    assert shares["lucky"] == pytest.approx(0.25, abs=0.05)
+    assert shares["sure"] == pytest.approx(1 - shares["lucky"])
+    assert shares["never"] == 0
+
+
+def test_a_table_is_replaced_where_it_stands():
+    page = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- y -->\nkept\n<!-- end -->\n"
+    assert publish.filled(page, "x", "1\\2") == page.replace("old", "1\\2")
