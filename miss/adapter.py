@@ -49,13 +49,13 @@ class LayerSummary:
 class Summary:
     """What `summary` counted; ``str()`` is a table of it. Numbers are of parameters, one in several places counted once."""
 
-    layers: tuple[LayerSummary, ...]
-    total: int  # all parameters, adapters included
-    trainable: int  # those with requires_grad
-    adapter: int  # those of all miss_D
-    adapted_base: int  # weights and biases of the adapted layers
-    other_trainable: dict[str, int]  # module that holds trainable parameters beside adapters -> how many
-    skipped: dict[str, str]  # layer that a target matched and that could not be adapted -> why
+    layers: tuple[LayerSummary, ...]  #: the adapted layers, in the order of `adapted_modules`
+    total: int  #: all parameters, adapters included
+    trainable: int  #: those with requires_grad
+    adapter: int  #: those of all miss_D
+    adapted_base: int  #: weights and biases of the adapted layers
+    other_trainable: dict[str, int]  #: module that holds trainable parameters beside adapters -> how many
+    skipped: dict[str, str]  #: layer that a target matched and that could not be adapted -> why
 
     @property
     def percent(self) -> float:

@@ -45,6 +45,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         A dict in the order of `adapted_modules`; each tensor has the shape, dtype and device of its ``miss_D``.
 
+    Raises:
+        StateError: a ``miss_D`` is no parameter of its own any more (pruned, parametrized).
+
     >>> from miss import inject
     >>> {key: d.shape for key, d in adapter_state_dict(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)).items()}
     {'0.miss_D': torch.Size([2, 4])}

@@ -49,7 +49,8 @@ def inject(
     """Adapt the linear layers that ``targets`` names, in place: each becomes a `MiSSeLinear` or `MiSSLinear` with a zero D.
 
     The model computes what it did before until D is trained. Layers keep their identity, parameters, hooks, device, dtype
-    and mode; every key of the base `state_dict` stays, and each adapted layer gains ``miss_D``.
+    and mode; every key of the base `state_dict` stays, and each adapted layer gains ``miss_D``. Where an error is raised the
+    model is exactly as it was.
 
     Args:
         model: any module; a lone `nn.Linear` can be adapted too.
@@ -76,7 +77,6 @@ def inject(
         TargetError: a target matches nothing, or by its name a layer that cannot be adapted.
         ShapeError: ``rank``, ``method``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
         StateError: a matched layer is adapted already.
-        In each case the model is exactly as it was.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> inject(model, "0", rank=4)[0]
@@ -140,7 +140,7 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         ``model`` itself.
 
     Raises:
-        StateError: the class of an adapted layer has been swapped since (`fully_shard` does), or, with ``merge``, a layer
+        StateError: the class of an adapted layer has been swapped since (``fully_shard`` does), or, with ``merge``, a layer
             cannot be merged, or, without, one cannot be unmerged; nothing is ejected then.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))

@@ -161,6 +161,9 @@ class AdaptedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The base layer's output plus the delta's, in the dtype that the base layer gives; no weight is changed.
 
+        Shape:
+            ``(..., in_features) -> (..., out_features)``
+
         Raises:
             StateError: the layer is merged, in training mode, and gradients are on: ``miss_D`` would get none.
         """
@@ -179,14 +182,22 @@ class AdaptedLinear(nn.Linear):
         return y if self._disabled else self.add_delta(x, y, d, self.scale)
 
     def reset_adapter(self) -> None:
-        """Set ``miss_D`` to zero, in place: the layer computes what its base does. A `StateError` while merged."""
+        """Set ``miss_D`` to zero, in place: the layer computes what its base does.
+
+        Raises:
+            StateError: the layer is merged.
+        """
         if self.merged:
             raise is_merged(type(self).__name__, "a reset would leave the delta in the weight")
         with torch.no_grad():
             self.miss_D.zero_()
 
     def reset_parameters(self) -> None:
-        """Initialise ``weight`` and ``bias`` as `nn.Linear` does, and ``miss_D`` to zero. A `StateError` while merged."""
+        """Initialise ``weight`` and ``bias`` as `nn.Linear` does, and ``miss_D`` to zero.
+
+        Raises:
+            StateError: the layer is merged.
+        """
         if "miss_D" in self._parameters:  # not yet in the constructor of nn.Linear
             self.reset_adapter()
         super().reset_parameters()
@@ -244,7 +255,8 @@ class MiSSeLinear(AdaptedLinear):
         - Output: ``(..., out_features)``
 
     Attributes:
-        weight, bias: the base layer's, ``(out_features, in_features)`` and ``(out_features)``; the constructor freezes them.
+        weight: the base layer's, ``(out_features, in_features)``; the constructor freezes it.
+        bias: the base layer's, ``(out_features)``, or None; the constructor freezes it.
         miss_D: ``(out_features, rank)``, zero at first; trainable. Where it has fewer rows, a divisor of ``out_features``, as in
             PEFT's mini form, row ``o`` of the delta is that of ``miss_D[o mod rows]``.
 
@@ -271,11 +283,22 @@ class MiSSLinear(AdaptedLinear):
     contiguous; their sizes differ by at most one, larger first. `MiSSeLinear` shares the other dimension: a different
     operator.
 
-    Args, input, output and errors are those of `MiSSeLinear`, but ``rank`` is the number of shards, from 1 to ``out_features``.
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        rank: the number of shards, from 1 to ``out_features``.
+        scale, dropout, adapter_dtype: as in `MiSSeLinear`.
+
+    Shape:
+        - Input: ``(..., in_features)``
+        - Output: ``(..., out_features)``
 
     Attributes:
-        weight, bias: the base layer's, ``(out_features, in_features)`` and ``(out_features)``; the constructor freezes them.
+        weight: the base layer's, ``(out_features, in_features)``; the constructor freezes it.
+        bias: the base layer's, ``(out_features)``, or None; the constructor freezes it.
         miss_D: ``(rank, in_features)``, zero at first; trainable.
+
+    Raises:
+        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
 
     >>> layer = MiSSLinear(10, 3, rank=2)
     >>> layer(torch.randn(2, 7, 10)).shape, layer.miss_D.shape, layer.delta_weight().shape

@@ -1,0 +1,62 @@
+"""The site: Sphinx with furo and MyST. Build it with ``python -m sphinx -W --keep-going -n -b html docs build/site``."""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+project = "miss"
+release = version = importlib.metadata.version("miss-torch")
+language = "en"
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+exclude_patterns = ["static"]
+
+# Pages.
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4  # headings can be linked as on GitHub: page.md#words-of-the-heading
+
+# Docstrings.
+default_role = "py:obj"  # a name between single backticks is a link
+add_module_names = False
+maximum_signature_line_length = 88  # longer ones have a line for each parameter
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+napoleon_custom_sections = ["Shape"]
+napoleon_use_ivar = True
+napoleon_use_param = False  # one line may describe several parameters
+napoleon_use_rtype = False
+nitpick_ignore_regex = [  # names of torch, Python and others, which have no page here, and type variables
+    ("py:.*", r"(nn|torch|typing|os|re|collections|peft)\..*"),
+    ("py:.*", r"(miss\..*\.)?(Model|Self)"),
+    ("py:.*", r"Any|Callable|Iterable|Iterator|Linear|Mapping|Module|NamedTuple|Parameter|PathLike|Tensor|state_dict|str"),
+]
+
+# HTML. MathJax is one file, served from the site itself. Its menu offers speech, for which it would load more.
+html_theme = "furo"
+html_title = f"miss {release}"
+html_copy_source = html_show_copyright = html_show_sourcelink = False
+mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax" / "tex-svg.js"
+html_static_path = ["static", str(mathjax)]
+html_css_files = ["site.css"]
+mathjax_path = mathjax.name
+mathjax3_config = {"options": {"enableMenu": False}}
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#a83f00", "color-brand-content": "#a83f00"},  # the figures' colour of MiSSe
+    "dark_css_variables": {"color-brand-primary": "#f08a4b", "color-brand-content": "#f08a4b"},
+}
+
+
+def public_name(app, env, node, contnode):
+    """A name in a docstring, as `inject` or `forward`, that is one of ours in another module or in the layers' base class."""
+    for home in ("miss", "miss.linear.AdaptedLinear"):
+        target = f"{home}.{node.get('reftarget')}"
+        found = env.domains["py"].resolve_xref(env, node.get("refdoc"), app.builder, "obj", target, node, contnode)
+        if node.get("refdomain") == "py" and found is not None:
+            return found
+    return None
+
+
+def setup(app):
+    """Extend Sphinx."""
+    app.connect("missing-reference", public_name)

@@ -1,0 +1,100 @@
+"""The documentation holds what it says: its code runs, its links lead somewhere, the site builds without a warning."""
+
+import html.parser
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+import types
+import zlib
+
+import pytest
+import torch
+
+from tests.public_api import public
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+FENCE = re.compile(r"^( *)(```+|~~~+)(.*)\n((?:.*\n)*?)^\1\2 *$", re.MULTILINE)
+PYTHON = ("python", "{code-block} python")
+NOT_RUN = ("sh", "text", "json", "toml")  # beside the directives of MyST
+
+
+def fences(page: str) -> list[tuple[int, str, str]]:
+    """The fenced blocks of a page: the line of the fence, what stands behind it, the content."""
+    text = PAGES[page].read_text()
+    found = FENCE.finditer(text)
+    return [(text.count("\n", 0, each.start()) + 1, each[3].strip(), textwrap.dedent(each[4])) for each in found]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(kind in PYTHON for _, kind, _ in fences(page))])
+def test_code_of_a_page_runs_as_shown(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("page")  # one for all blocks; in sys.modules, so that pickle finds the classes of the page
+    monkeypatch.setitem(sys.modules, "page", module)
+    torch.manual_seed(0)
+    for line, kind, code in fences(page):
+        if kind in PYTHON:
+            exec(compile("\n" * line + code, str(PAGES[page]), "exec", dont_inherit=True), module.__dict__)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_code_of_a_page_goes_unrun(page: str):
+    text, blocks = PAGES[page].read_text(), fences(page)
+    assert 2 * len(blocks) == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)), "a fence is not closed"
+    for line, kind, _ in blocks:
+        directive = kind.startswith("{") and not kind.startswith("{code")
+        assert kind in PYTHON + NOT_RUN or directive, f"{page}, line {line}: ```{kind} is neither run nor known not to be code"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """Those of the other pages are checked by the build."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text())
+    for target in targets:
+        if not re.match(r"https?:", target):
+            name, _, anchor = target.partition("#")
+            path = ROOT / name if name else ROOT / "README.md"
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path.read_text()), target
+
+
+def anchors(markdown: str) -> set[str]:
+    """The anchors that GitHub and MyST give to headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", markdown), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+class Sources(html.parser.HTMLParser):
+    """What a browser loads by itself for a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for key, value in attrs:
+            if key in ("src", "srcset", "data", "poster") or (tag == "link" and key == "href"):
+                self.found.append(value or "")
+
+
+def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: pathlib.Path):
+    site = tmp_path / "site"
+    strict = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", "docs", str(site)]
+    build = subprocess.run(strict, capture_output=True, text=True, cwd=ROOT)
+    assert build.returncode == 0, build.stderr
+
+    _, _, _, _, content = (site / "objects.inv").read_bytes().split(b"\n", 4)
+    documented = {line.split()[0] for line in zlib.decompress(content).decode().splitlines()}
+    assert not set(public()) - documented, "public, but on no page of docs/reference"
+
+    loaded: dict[str, str] = {}
+    for path in site.rglob("*.html"):
+        parser = Sources()
+        parser.feed(path.read_text())
+        loaded |= dict.fromkeys(parser.found, path.name)
+    for path in site.rglob("*.css"):
+        css = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        loaded |= dict.fromkeys(re.findall(r"(?:url\(|@import)\s*['\"]?([^'\")\s]+)", css), path.name)
+    assert {source: name for source, name in loaded.items() if re.match(r"\w+:(?!image/)|//", source)} == {}
+    assert "tex-svg.js" in " ".join(loaded)
