@@ -49,7 +49,7 @@ html_theme_options = {
 
 def public_name(app, env, node, contnode):
     """A name in a docstring, as `inject` or `forward`, that is one of ours in another module or in the layers' base class."""
-    for home in ("miss", "miss.linear.AdaptedLinear"):
+    for home in ("miss", "miss.adapted.AdaptedLinear"):
         target = f"{home}.{node.get('reftarget')}"
         found = env.domains["py"].resolve_xref(env, node.get("refdoc"), app.builder, "obj", target, node, contnode)
         if node.get("refdomain") == "py" and found is not None:

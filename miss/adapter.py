@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miss.adapted import AdaptedLinear
 from miss.errors import StateError, explain
 from miss.inject import SKIPPED
-from miss.linear import AdaptedLinear, method_of
+from miss.linear import method_of
 from miss.targets import instances, walk
 
 __all__ = ["LayerSummary", "Summary", "adapted_modules", "adapter_parameters", "disabled", "summary", "verify"]

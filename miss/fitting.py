@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from miss import files
 from miss.adaptable import unwritable
+from miss.adapted import AdaptedLinear
 from miss.adapter import adapted_modules
 from miss.errors import CheckpointError, StateError, explain, is_merged
 from miss.inject import Adapter, adopt_all_, linear_layers
-from miss.linear import METHODS, AdaptedLinear, method_of
+from miss.linear import METHODS, method_of
 from miss.targets import instances, joined, walk
 
 __all__ = ["LayerRecord", "apply_", "check_fit", "check_keys", "copy_", "key_of", "named_tensors", "own_adapters"]

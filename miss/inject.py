@@ -8,8 +8,9 @@ from torch import nn
 
 from miss import targets as targeting
 from miss.adaptable import check_settings, looks_linear, refusal
+from miss.adapted import OUR_NAMES, AdaptedLinear
 from miss.errors import ShapeError, StateError, TargetError, explain
-from miss.linear import METHODS, OUR_NAMES, AdaptedLinear
+from miss.linear import METHODS
 from miss.merging import bake_, check_mergeable, check_restorable, guard, restore_
 from miss.targets import Targets
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from miss.adaptable import ADAPTER_DTYPES, unwritable
+from miss.adapted import AdaptedLinear
 from miss.errors import StateError, explain, is_merged
 from miss.functional import cycle_rows, expand_blocks, expand_shards
-from miss.linear import AdaptedLinear
 from miss.targets import instances, joined
 
 __all__ = ["bake_", "check_mergeable", "check_restorable", "guard", "merge", "refuse_loading", "restore_", "unmerge"]

@@ -5,9 +5,9 @@ import pathlib
 import types
 
 import miss
+from miss.adapted import AdaptedLinear
 from miss.adapter import LayerSummary
 from miss.checkpoint import IncompatibleKeys
-from miss.linear import AdaptedLinear
 
 SNAPSHOT = pathlib.Path(__file__).parent / "public_api.txt"
 # Beside the names in `__all__`: the base class of the layers, and what public functions return.

@@ -21,7 +21,7 @@ def test_public_names_exist_and_have_docstrings():
 
 
 def test_imports_run_downward():
-    order = ["errors", "functional", "fused", "adaptable", "linear", "targets", "merging", "inject", "adapter"]
+    order = ["errors", "functional", "fused", "adaptable", "adapted", "linear", "targets", "merging", "inject", "adapter"]
     order += ["files", "fitting", "checkpoint", "interop/directory", "interop/lora", "interop/peft"]
     rooms = {str(path.relative_to(ROOT / "miss").with_suffix("")) for path in (ROOT / "miss").rglob("*.py")}
     assert rooms == {*order, "__init__", "interop/__init__"}

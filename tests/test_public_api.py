@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 import miss
-from miss.linear import AdaptedLinear
+from miss.adapted import AdaptedLinear
 from tests.public_api import SNAPSHOT, public, snapshot
 
 CALLABLES = {name: value for name, value in public().items() if not isinstance(value, types.ModuleType)}

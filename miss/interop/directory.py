@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from miss import files
+from miss.adapted import AdaptedLinear
 from miss.adapter import adapted_modules
 from miss.errors import CheckpointError, StateError, explain
-from miss.linear import AdaptedLinear
 from miss.targets import instances, unwrapped, walk
 
 __all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "write"]
