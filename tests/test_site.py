@@ -17,7 +17,7 @@ from tests.public_api import public
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*)\n((?:.*\n)*?)^\1\2 *$", re.MULTILINE)
-PYTHON = ("python", "{code-block} python")
+PYTHON = ("python",)
 NOT_RUN = ("sh", "text", "json", "toml")  # beside the directives of MyST
 
 
