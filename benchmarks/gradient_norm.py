@@ -29,6 +29,7 @@ from common.methods import FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trai
 from common.runs import Estimate, Run, get_parser, run_all, select
 from measure import require_extras, table
 from miss.functional import block_sum, shard_sum
+from model_cost import load_base
 
 METHODS = (FULL, LORA, PISSA, MISS, MISSE)
 RANKS = (8, 16, 32, 64, 128)  # MiSS has no 256: the keys of SmolLM2 have 192 outputs
@@ -53,7 +54,7 @@ def material(name: str, batches: int) -> tuple[nn.Module, list[tuple[Any, ...]]]
     cuts = [problems[start : start + rows] for start in starts]
     shortest = [min(len(row.question) + len(row.worked) for row in cut) for cut in cuts]
     collated = [tuple(part[:, :length] for part in words.collate(cut)) for cut, length in zip(cuts, shortest)]
-    return words.Model(copy.deepcopy(words.base()).float()), collated
+    return words.Model(load_base()), collated
 
 
 def first_gradient(model: nn.Module, parameters: list[nn.Parameter], batch: tuple[Any, ...]) -> float:

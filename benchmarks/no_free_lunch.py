@@ -25,7 +25,7 @@ WIDTH, TRAIN, HELD_OUT, NOISE = 64, 50, 100, 0.05
 BASE_EPOCHS, EPOCHS, EVERY, GIVEN = 250, 100, 10, 1e-3
 FIRST_SEED, SEEDS = 43, 10
 RANKS: dict[str, int | None] = {FULL: None, LORA: 2, PISSA: 2, DORA: 1, VERA: 64, ADALORA: 2, MISS: 4, MISSE: 4}
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TARGETS = ("hidden.0", "hidden.2")
 
 
@@ -161,7 +161,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
         for axis, name in ((train, "train"), (validation, "validation")):
             values = list(zip(*(run[f"{name}_curve"] for run in given)))
             plots.band(axis, [EVERY * place for place in range(len(values))], values, method)
-            axis.set(xlabel="epochs", ylabel=f"{name} loss (mean squared error)", yscale="log")
+            axis.set(xlabel="epochs", ylabel=f"{name} loss (MSE)", yscale="log")
         price = result["costs"][method]
         start.plot(price["trainable"], price["start_ms"], **plots.look(method, linestyle=""))
         low, high = (price["step"]["ms"] / price["step"]["median"] * bound for bound in price["step"]["quartiles"])
@@ -169,7 +169,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
         step.errorbar(
             price["trainable"], middle, [[max(0, middle - low)], [max(0, high - middle)]], **plots.look(method, linestyle="")
         )
-    for axis, label in ((start, "initialisation, ms"), (step, "training step, ms (quartiles of its ratio to LoRA's)")):
+    for axis, label in ((start, "initialisation, ms"), (step, "training step, ms")):
         axis.set(xlabel="trained parameters", ylabel=label, xscale="log", ylim=(0, None))
     figure.legend(*train.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return {"no_free_lunch": figure}

@@ -220,35 +220,29 @@ def report_study(runs: list[Run]) -> str:
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """Sensitivity to the learning rate, of the methods and of the scales, by name."""
-    runs = result["runs"]
     figure, [axis] = plots.panels(1, 1, width=6.5, height=4)
     for method, mine in comparison(result).items():
-        rates = by_rate(mine, "test_r")
-        plots.band(axis, list(rates), list(rates.values()), method)
-    axis.set(xlabel="learning rate", ylabel="Pearson r on held-out words", xscale="log", ylim=(0.7, None))
+        sensitivity(axis, mine, method)
+    axis.set(xlabel="learning rate", ylabel="Pearson r on held-out words", xscale="log")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
-    scales, axes = plots.panels(1, len(STUDY), width=2.6, sharey=True)
+    scales, axes = plots.panels(2, 4, width=2.4, height=2.5, sharey=True)
     for axis, (method, scale, head, ranks, _) in zip(axes, STUDY):
         for place, rank in enumerate(ranks):
-            rates = by_rate(select(runs, method=method, scale=scale, head_lr=head, rank=rank), "test_r")
-            plots.band(
-                axis,
-                list(rates),
-                list(rates.values()),
-                method,
-                label=f"rank {rank}",
-                alpha=(1.0, 0.7, 0.4)[place],
-                marker="os^"[place],
-            )
-        axis.set(
-            title=f"{method}, scale {scale or 'own'}" + (f",\nhead at {head:g}" if head else ""),
-            xlabel="learning rate",
-            xscale="log",
-            ylim=(0.7, None),
-        )
-        axis.legend()
-    axes[0].set_ylabel("Pearson r on held-out words")
+            mine = select(result["runs"], method=method, scale=scale, head_lr=head, rank=rank)
+            sensitivity(axis, mine, method, label=f"rank {rank}", alpha=(1.0, 0.7, 0.4)[place], marker="os^"[place])
+        kind = f"scale {scale or 'own'}" + (f", head at {head:g}" if head else "")
+        axis.set(title=f"{method}\n{kind}", xlabel="learning rate", ylabel="Pearson r", xscale="log")
+        axis.legend(loc="lower right")
+    for axis in axes[len(STUDY) :]:
+        axis.remove()
     return {"word_valence": figure, "word_valence_scale": scales}
+
+
+def sensitivity(axis: Any, runs: list[Run], method: str, **others: Any) -> None:
+    """Test r against the learning rate, up to the rate at which training fails (a mean of r below 0.7)."""
+    rates = {rate: values for rate, values in by_rate(runs, "test_r").items() if statistics.fmean(values) > 0.7}
+    plots.band(axis, list(rates), list(rates.values()), method, **others)
+    axis.set_ylim(0.72, 0.9)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

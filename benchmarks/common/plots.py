@@ -28,6 +28,7 @@ SETTINGS = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,
+    "axes.titlesize": 9,
     "grid.alpha": 0.3,
     "font.size": 9,
     "legend.frameon": False,
@@ -60,7 +61,7 @@ def band(axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], metho
     axis.plot(x, [estimate.mean for estimate in estimates], **look(method, markevery=max(1, len(x) // 8), **others))
     low, high = ([mean + sign * half for mean, half in estimates] for sign in (-1, 1))
     if len(values[0]) > 1:
-        axis.fill_between(x, low, high, color=STYLES[method][0], alpha=0.15, linewidth=0)
+        axis.fill_between(x, low, high, color=STYLES[method][0], alpha=0.1, linewidth=0)
 
 
 def save(figure: Any, name: str, sources: Iterable[Path]) -> None:
