@@ -17,7 +17,7 @@ from tests.public_api import public
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*)\n((?:.*\n)*?)^\1\2 *$", re.MULTILINE)
-PYTHON = ("python",)
+PYTHON = "python"
 NOT_RUN = ("sh", "text", "json", "toml")  # beside the directives of MyST
 
 
@@ -28,14 +28,14 @@ def fences(page: str) -> list[tuple[int, str, str]]:
     return [(text.count("\n", 0, each.start()) + 1, each[3].strip(), textwrap.dedent(each[4])) for each in found]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(kind in PYTHON for _, kind, _ in fences(page))])
+@pytest.mark.parametrize("page", [page for page in PAGES if any(kind == PYTHON for _, kind, _ in fences(page))])
 def test_code_of_a_page_runs_as_shown(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")  # one for all blocks; in sys.modules, so that pickle finds the classes of the page
     monkeypatch.setitem(sys.modules, "page", module)
     torch.manual_seed(0)
     for line, kind, code in fences(page):
-        if kind in PYTHON:
+        if kind == PYTHON:
             exec(compile("\n" * line + code, str(PAGES[page]), "exec", dont_inherit=True), module.__dict__)
 
 
@@ -45,7 +45,13 @@ def test_no_code_of_a_page_goes_unrun(page: str):
     assert 2 * len(blocks) == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)), "a fence is not closed"
     for line, kind, _ in blocks:
         directive = kind.startswith("{") and not kind.startswith("{code")
-        assert kind in PYTHON + NOT_RUN or directive, f"{page}, line {line}: ```{kind} is neither run nor known not to be code"
+        assert kind in (PYTHON, *NOT_RUN) or directive, f"{page}, line {line}: ```{kind} is neither run nor known not to be code"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tests_that_a_page_names_exist(page: str):
+    for file, name in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", PAGES[page].read_text()):
+        assert f"def {name}" in (ROOT / file).read_text(), f"{file}::{name}"
 
 
 def test_links_of_the_readme_lead_somewhere():

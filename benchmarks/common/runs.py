@@ -160,5 +160,5 @@ def get_parser(doc: str, *, seeds: int) -> ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="PATH", help="result file; runs in it are not repeated (default: none)")
     parser.add_argument("--seeds", type=int, default=seeds, help=f"runs of each setting (default: {seeds})")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread (default: one a core)")
-    parser.add_argument("--quick", action="store_true", help="a few small runs, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="small runs, to see that everything works")
     return parser
