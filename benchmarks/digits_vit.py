@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from common import methods, plots
 from common.costs import costs
 from common.methods import ADALORA, DORA, FULL, LORA, LORA_FA, MISS, MISSE, PISSA, RSLORA, VERA, Output, adapt, equal_rank
-from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, run_all, select, write
+from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
 from measure import require_extras, table
 
 SIDE, CANVAS, FONT_SIZES, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 8, 64, (64, 92), 2, 64, 4, 4, 10
@@ -33,7 +33,8 @@ RANK, VERA_RANK = 16, 64
 TARGETS = ("q", "k", "v", "o", "up", "down")
 RATES = {
     FULL: (3e-4, 1e-3, 3e-3, 1e-2),
-    **dict.fromkeys((LORA, RSLORA, PISSA), (1e-3, 3e-3, 1e-2, 3e-2)),
+    LORA: (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    **dict.fromkeys((RSLORA, PISSA), (1e-3, 3e-3, 1e-2, 3e-2)),
     **dict.fromkeys((DORA, LORA_FA, ADALORA), (3e-3, 1e-2, 3e-2, 1e-1)),
     VERA: (3e-2, 1e-1, 3e-1, 1.0),
     **dict.fromkeys((MISS, MISSE), (1e-3, 3e-3, 1e-2, 3e-2)),
@@ -219,7 +220,13 @@ def report(result: Mapping[str, Any]) -> str:
         step = f"{result['costs'][method]['step']['ms']:.1f}" if share == 1 else ""
         scores = [Estimate.of([100 * run[name] for run in runs]).text(1) for name in ("validation_accuracy", "test_accuracy")]
         against = f"{p[str((method, share))]:.2g}" if (method, share) != ours else ""
-        sizes = [f"{share:g}", runs[0]["rank"] or "-", runs[0]["trainable"], step, f"{runs[0]['lr']:g}"]
+        sizes = [
+            f"{share:g}",
+            runs[0]["rank"] or "-",
+            runs[0]["trainable"],
+            step,
+            rate_text(runs[0]["lr"], select(result["runs"], method=method, budget=share)),
+        ]
         rows.append([method, *sizes, *scores, against])
     lines = [f"Base: {base['rendered']:.1%} of unseen printed digits, {base['real']:.1%} of the handwritten test images."]
     for key in [key for key in best if key[1] < 1]:
