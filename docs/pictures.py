@@ -73,7 +73,7 @@ def figure(name: str) -> Figure:
     layers = [layer(form, *row[:3]) for row in rows]
     width = max(made.miss_D.shape[1] + made.in_features for made in layers) + 5.2
     heights = [made.out_features + 4.6 for made in layers]
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | SETTINGS):
         drawn = Figure(figsize=(width * CELL, sum(heights) * CELL), facecolor="white")
         top = sum(heights)
         for made, height, (*_, title) in zip(layers, heights, rows):
@@ -106,7 +106,7 @@ def figure(name: str) -> Figure:
 def save(name: str, folder: Path, suffix: str = "svg") -> Path:
     """Write a picture; the file is the same each time."""
     path = folder / f"{name}.{suffix}"
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | SETTINGS):
         figure(name).savefig(path, metadata={"Date": None} if suffix == "svg" else None, dpi=200)
     return path
 
