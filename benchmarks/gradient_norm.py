@@ -16,6 +16,8 @@ alpha = rank, so that no other factor enters.
 import copy
 import functools
 import math
+import re
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +28,7 @@ import math_word_problems as words
 import word_valence as valence
 from common import methods, plots
 from common.methods import FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trained
-from common.runs import Estimate, Run, get_parser, run_all, select
+from common.runs import Estimate, Run, get_parser, run_all, select, write
 from measure import require_extras, table
 from miss.functional import block_sum, shard_sum
 from model_cost import load_base
@@ -34,6 +36,7 @@ from model_cost import load_base
 METHODS = (FULL, LORA, PISSA, MISS, MISSE)
 RANKS = (8, 16, 32, 64, 128)  # MiSS has no 256: the keys of SmolLM2 have 192 outputs
 MINILM, SMOLLM2 = "MiniLM-L6, word ratings", "SmolLM2-135M, word problems"
+KINDS_RANK = 16
 MODELS = {MINILM: (valence.TARGETS, 64), SMOLLM2: (words.TARGETS, 4)}  # targets, rows in a batch
 
 
@@ -84,13 +87,31 @@ def correlation(model: nn.Module, layers: Mapping[str, nn.Linear], batch: tuple[
     squares = [[part.double().square().sum().item() for part in (m, block_sum(m, rank), shard_sum(m.T, rank))] for m in gradients]
     whole, columns, rows = (sum(square) for square in zip(*squares))
     lora = sum(rank / (3 * layer.in_features) * square[0] for layer, square in zip(layers.values(), squares))
-    factors = torch.tensor([summed / plain for plain, summed in inputs.values()])
+    own = {name: summed / plain for name, (plain, summed) in inputs.items()}
     return {
         "expected": {FULL: math.sqrt(whole), LORA: math.sqrt(lora), MISS: math.sqrt(whole), MISSE: math.sqrt(whole)},
         "factor_columns": columns / whole,
         "factor_rows": rows / whole,
-        "factor_inputs": factors.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
+        "factor_inputs": torch.tensor(list(own.values())).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
+        "layers": {name: (*square[:2], own[name]) for name, square in zip(layers, squares)},
     }
+
+
+def kinds(name: str) -> list[list[Any]]:
+    """By kind of layer, for one batch at `KINDS_RANK`: how many, their share of |M|^2, the factors of columns and of inputs."""
+    model, [batch] = material(name, 1)
+    layers = targeted(model.eval().requires_grad_(False), MODELS[name][0])
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    groups: dict[str, list[tuple[float, float, float]]] = {}
+    for layer, seen in correlation(model, layers, batch, KINDS_RANK)["layers"].items():
+        groups.setdefault(re.split(r"\.\d+\.", layer)[-1], []).append(seen)
+    whole = sum(plain for seen in groups.values() for plain, _, _ in seen)
+    rows = []
+    for kind, seen in groups.items():
+        plain, summed = (sum(part) for part in list(zip(*seen))[:2])
+        rows.append([kind, len(seen), plain / whole, summed / plain, statistics.fmean(of_input for _, _, of_input in seen)])
+    return rows
 
 
 def work(job: Run) -> Run:
@@ -138,7 +159,13 @@ def report(result: Mapping[str, Any]) -> str:
             ]
         )
     head = ["model", "rank", *METHODS, "MiSSe / LoRA", "expected", "columns", "rows", "inputs, median layer (quartiles)"]
-    return table(head, rows)
+    of_kinds = [
+        [model, kind, count, f"{share:.0%}", f"{columns:.2f}", f"{inputs:.2f}"]
+        for model, of_model in result["kinds"].items()
+        for kind, count, share, columns, inputs in of_model
+    ]
+    titles = ["model", "kind of layer", "layers", "of the squared gradient", "columns", "inputs, mean"]
+    return table(head, rows) + f"\n\nBy kind of layer, rank {KINDS_RANK}, one batch:\n\n" + table(titles, of_kinds)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,6 +191,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     require_extras("gradient_norm", methods.EXTRAS | methods.MINILM | methods.SMOLLM2)
     wanted = [job for job in jobs(args.seeds) if not args.quick or (job["model"] == MINILM and job["rank"] in (8, 64))]
     result = run_all(wanted, work, args.json, args.workers)
+    result["kinds"] = {model: kinds(model) for model in ((MINILM,) if args.quick else MODELS)}
+    write(args.json, result)
     print(report(result))
     return result
 

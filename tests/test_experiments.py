@@ -312,6 +312,14 @@ def test_gradient_norms_are_those_of_the_formulas(monkeypatch: pytest.MonkeyPatc
     second = sum(x[:, j::4].sum(1).square().sum().item() for j in range(4)) / x.square().sum().item()
     assert run["factor_inputs"][0][1] == pytest.approx((first + second) / 2, rel=1e-5)
 
+    monkeypatch.setattr(gradient_norm, "KINDS_RANK", 4)
+    [body0, body2] = gradient_norm.kinds("small")
+    assert body0[3] * body0[2] + body2[3] * body2[2] == pytest.approx(run["factor_columns"][0], rel=1e-5)
+    assert [body0[4], body2[4]] == pytest.approx([first, second], rel=1e-5)
+    assert "| small | body.2 | 1 |" in gradient_norm.report(
+        {"runs": [run | {"model": "small", "rank": 4, "batches": 2}], "kinds": {"small": [body0, body2]}}
+    )
+
 
 def test_lora_is_expected_what_it_has_on_average():
     base, draws = Small(), 300
