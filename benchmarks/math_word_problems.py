@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from common import methods, plots
 from common.costs import costs
 from common.methods import DORA, LORA, MISS, MISSE, PISSA, Output, adapt, equal_rank, fit, targeted, trained
-from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
+from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, rate_text, read, run_all, select, write
 from measure import require_extras, table
 from model_cost import load_base, smollm2
 
@@ -212,6 +212,11 @@ def ranks(rank: int) -> dict[str, int | None]:
     return {method: equal_rank(method, budget, linears) for method in METHODS}
 
 
+def tasks(result: Mapping[str, Any]) -> list[str]:
+    """The tasks of which every method has reported runs."""
+    return [task for task in TASKS if all(final_runs(result, task, method) for method in result["costs"])]
+
+
 def final_runs(result: Mapping[str, Any], task: str, method: str) -> list[Run]:
     """The reported runs of a method at rank 64 or its equal."""
     return select(result["runs"], task=task, method=method, rank=result["ranks"][str(RANK)][method], exact=True)
@@ -240,7 +245,7 @@ def measure(compared: Sequence[str], rounds: int) -> dict[str, Any]:
 def report(result: Mapping[str, Any]) -> str:
     """The tables, in Markdown: the methods, then the ranks."""
     rows, rank_rows = [], []
-    for task in TASKS:
+    for task in tasks(result):
         losses = quality(result, task)
         p = holm({method: paired(losses[MISSE], losses[method]) for method in losses if method != MISSE})
         for method in losses:
@@ -262,8 +267,8 @@ def report(result: Mapping[str, Any]) -> str:
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's Figure 5, by name: training loss against tokens, and against the time that the steps take one after another."""
-    figure, axes = plots.panels(len(TASKS), 2, width=4)
-    for task, (by_tokens, by_time) in zip(TASKS, (axes[:2], axes[2:])):
+    figure, axes = plots.panels(len(tasks(result)), 2, width=4)
+    for task, (by_tokens, by_time) in zip(tasks(result), (axes[:2], axes[2:])):
         for method in result["costs"]:
             runs = final_runs(result, task, method)
             curves = [smooth(run["losses"]) for run in runs]
@@ -297,9 +302,15 @@ def run(
     sizes: Sequence[int] = RANKS,
     short: bool = False,
 ) -> dict[str, Any]:
-    """Sweep the rates, run what is left to run at the best ones, and measure the costs."""
+    """Measure the costs, sweep the rates, and run what is left to run at the best ones, one task after another."""
     at, reported = ranks(RANK), range(1, 1 + seeds)
-    result: dict[str, Any] = {"runs": []}
+    sections = {
+        "ranks": {str(rank): ranks(rank) for rank in sizes},
+        "batch_tokens": int(first_batch()[1].sum()),
+        "costs": measure(compared, 2 if short else 5),
+    }
+    write(path, read(path) | sections)
+    result: dict[str, Any] = sections | {"runs": []}
 
     def add(wanted: list[Run]) -> None:
         done = run_all([job for place, job in enumerate(wanted) if job not in wanted[:place]], work, path, workers)
@@ -315,9 +326,6 @@ def run(
             for rank in sizes if task == RANKED_TASK and method in RANKED else ():
                 final += jobs(task, method, ranks(rank)[method], [rate], reported[:1], exact=True, short=short)
         add(final)
-    result |= {"ranks": {str(rank): ranks(rank) for rank in sizes}, "batch_tokens": int(first_batch()[1].sum())}
-    result["costs"] = measure(compared, 2 if short else 5)
-    write(path, result)
     return result
 
 
