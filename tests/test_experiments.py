@@ -242,10 +242,9 @@ def test_word_problems(small_language_model: LlamaForCausalLM, monkeypatch: pyte
     result = problems.run(1, None, 0, compared=(LORA, MISSE), sizes=(8, 16), short=True)
     for function in (problems.problems, problems.ranks):
         function.cache_clear()
-    final = [run for run in result["runs"] if run["exact"]]
-    assert {run["seed"] for run in final} == {1}
-    assert {run["seed"] for run in result["runs"] if not run["exact"]} == {0}
-    assert all(len(run["losses"]) == 3 and 0 <= run["test_accuracy"] <= 1 for run in final)
+    assert {run["seed"] for run in result["runs"]} == {0, 1, 2}
+    assert all(len(run["losses"]) == 3 for run in result["runs"])
+    assert all(("test_accuracy" in run) == (run["seed"] == 1) for run in result["runs"])
     assert "| gsm_symbolic | MiSSe | 8 |" in problems.report(result)
     check_figures(problems, result)
 
