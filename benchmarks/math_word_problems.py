@@ -313,7 +313,7 @@ def run(
     short: bool = False,
 ) -> dict[str, Any]:
     """Measure the costs, sweep the rates, and run what is left to run at the best ones, one task after another."""
-    at, further = ranks(RANK), []
+    at = ranks(RANK)
     sections = {
         "ranks": {str(rank): ranks(rank) for rank in sizes},
         "batch_tokens": int(first_batch()[1].sum()),
@@ -329,14 +329,14 @@ def run(
     for task in TASKS:
         add([job for method in compared for job in jobs(task, method, at[method], RATES[method], [SWEEP_SEED], short=short)])
         final: list[Run] = []
+        further: list[Run] = []
         for method in compared:
             swept = select(result["runs"], task=task, method=method, rank=at[method], seed=SWEEP_SEED)
             rate = best_rate(swept, "validation_loss", largest=False)
             final += jobs(task, method, at[method], [rate], range(1, 1 + seeds), short=short)
             for rank in sizes if task == RANKED_TASK and method in RANKED else ():
                 further += jobs(task, method, ranks(rank)[method], [rate], [2], short=short)
-        add(sorted(final, key=lambda job: job["seed"]))
-    add(further)
+        add(sorted(final, key=lambda job: job["seed"]) + further)
     return result
 
 
