@@ -22,18 +22,19 @@ RESAMPLINGS = 2_000
 
 
 class Experiment(NamedTuple):
-    """A script with results, what its quality is, and +1 where more of that is better, -1 where less is."""
+    """A script with results, what its quality is, with how many digits, and +1 where more is better, -1 where less is."""
 
     script: Any
     label: str
+    digits: int
     sign: int
 
 
 EXPERIMENTS = {
-    "word_valence": Experiment(word_valence, "Pearson r on held-out words", 1),
-    "math_word_problems": Experiment(math_word_problems, "loss on held-out problems", -1),
-    "digits_vit": Experiment(digits_vit, "accuracy on held-out digits, %", 1),
-    "no_free_lunch": Experiment(no_free_lunch, "loss on held-out points", -1),
+    "word_valence": Experiment(word_valence, "Pearson r on held-out words", 4, 1),
+    "math_word_problems": Experiment(math_word_problems, "loss on held-out problems", 3, -1),
+    "digits_vit": Experiment(digits_vit, "accuracy on held-out digits, %", 1, 1),
+    "no_free_lunch": Experiment(no_free_lunch, "loss on held-out points", 4, -1),
 }
 
 
@@ -76,7 +77,13 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
             cost = result["costs"][method]
             low, high = cost["step"]["quartiles"]
             time = f"{cost['step']['median']:.2f} ({low:.2f} to {high:.2f})"
-            cells = [method, cost["trainable"], Estimate.of(list(values.values())).text(4), time, f"{cost['step']['ms']:.3g}"]
+            cells = [
+                method,
+                cost["trainable"],
+                Estimate.of(list(values.values())).text(experiment.digits),
+                time,
+                f"{cost['step']['ms']:.4g}",
+            ]
             rows.append([*cells, f"{cost['memory'] / 2**20:.3g}", f"{cost['start_ms']:.3g}", f"{100 * shares[method]:.0f} %"])
         head = ["method", "trained", experiment.label, "step / LoRA's (quartiles)", "step, ms", "memory, MiB", "start, ms"]
         parts.append(f"`{name}`:\n\n" + table([*head, "on the front"], rows))

@@ -349,7 +349,7 @@ class Fixed:
 
 def test_certainty_is_the_share_of_resamplings_on_the_front():
     cost = {"step": {"ms": 1.0}, "memory": 1.0}
-    shares = pareto.certainty(pareto.Experiment(Fixed, "", 1), {"costs": dict.fromkeys(("sure", "lucky", "never"), cost)})
+    shares = pareto.certainty(pareto.Experiment(Fixed, "", 1, 1), {"costs": dict.fromkeys(("sure", "lucky", "never"), cost)})
     # Of two seeds, "lucky" is ahead where both draws are seed 0: a quarter.
     assert shares["lucky"] == pytest.approx(0.25, abs=0.05)
     assert shares["sure"] == pytest.approx(1 - shares["lucky"])
