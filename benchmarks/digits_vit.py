@@ -162,7 +162,7 @@ def work(job: Run) -> Run:
     start = time.perf_counter()
     method, rank, epochs = job["method"], job["rank"], job["epochs"]
     steps = epochs * math.ceil(TRAIN / BATCH)
-    model = adapt(copy.deepcopy(base), method, rank, TARGETS, scale=job["scale"], head="head", steps=steps)
+    model = adapt(copy.deepcopy(base), method, rank, TARGETS, head="head", steps=steps)
     trainable = sum(parameter.numel() for parameter in methods.trained(model))
     train(model, method, rank, (images[rows], labels[rows]), BATCH, epochs, job["lr"], job["seed"])
     scores = {f"{name}_accuracy": accuracy(model, digits[name]) for name in ("validation", "test")}
@@ -179,7 +179,7 @@ def ranks() -> dict[tuple[str, float], int | None]:
 def jobs(seeds: int, epochs: int, size: int) -> list[Run]:
     """The settings of every run."""
     return [
-        {"method": method, "rank": rank, "budget": share, "lr": lr, "seed": seed, "scale": None, "epochs": epochs, "size": size}
+        {"method": method, "rank": rank, "budget": share, "lr": lr, "seed": seed, "epochs": epochs, "size": size}
         for seed in range(seeds)
         for (method, share), rank in ranks().items()
         for lr in RATES[method]

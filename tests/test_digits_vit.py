@@ -10,7 +10,7 @@ import digits_vit as vit
 from common.methods import FULL, LORA, MISS, MISSE, VERA, adapt, trained
 from miss import adapted_modules, inject
 
-TINY = {"scale": None, "epochs": 1, "size": 100}
+TINY = {"epochs": 1, "size": 100}
 
 
 def job(method: str, share: float = 1.0, seed: int = 0) -> dict[str, object]:
