@@ -3,16 +3,18 @@
 Two tasks of `reasoning_gym`, procedural and with checkable answers: ``gsm_symbolic`` (the GSM8K templates with new names and
 numbers, answered in steps) and ``chain_sum`` (sums of two or three numbers of one or two digits). Problems held out are not among
 those trained on, but those of gsm_symbolic have the same templates. The base is in bf16, adapters are in fp32, all
-linear layers are adapted, and methods train equally many parameters (those of MiSSe at rank 64). Each method's learning rate is
-the best of a sweep on validation loss with seed 0; the loss on test problems is reported for other seeds, and for seed 1 the
-share of them that is solved exactly.
+linear layers are adapted, and methods train equally many parameters (those of MiSSe at ranks 8 to 128). Each method's learning
+rate at each rank is the best of a sweep on validation loss with seed 0, which goes on until the best has a worse one on either
+side; the loss on test problems is reported for other seeds, and at rank 64 the share of them that is solved exactly.
 """
 
 import copy
 import functools
+import itertools
 import math
 import os
 import re
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,36 +30,34 @@ from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, pai
 from measure import require_extras, table
 from model_cost import load_base, smollm2
 
-RANK, RANKS = 64, (8, 64, 128)
+RANK, RANKS = 64, (8, 16, 32, 64, 128)
 METHODS = (LORA, PISSA, DORA, MISS, MISSE)
-RANKED, RANKED_TASK = (LORA, MISSE), "gsm_symbolic"  # at every rank, at the best rate of rank 64, with one seed
-RATES = {
-    LORA: (3e-4, 1e-3, 3e-3),
-    PISSA: (1e-4, 3e-4, 1e-3),
-    DORA: (3e-4, 1e-3, 3e-3),
-    MISS: (1e-4, 3e-4, 1e-3),
-    MISSE: (1e-4, 3e-4, 1e-3),
-}
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FIRST = {LORA: 1e-3, PISSA: 1e-4, DORA: 1e-3, MISS: 3e-4, MISSE: 3e-4}  # the sweep starts with it and its neighbours
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Task(NamedTuple):
-    """One task: problems in a batch, steps, problems held out, the longest answer in tokens, `reasoning_gym`'s own settings."""
+    """One task: its size, the ranks it is run at, the seeds of which test problems are solved, `reasoning_gym`'s own settings.
+
+    ``batch`` and ``held_out`` count problems, ``longest`` the tokens of an answer.
+    """
 
     batch: int
     steps: int
     held_out: int
     longest: int
+    ranks: tuple[int, ...]
+    solving: tuple[int, ...]
     settings: dict[str, int]
 
 
+SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 TASKS = {
-    "gsm_symbolic": Task(batch=2, steps=30, held_out=24, longest=150, settings={}),
-    "chain_sum": Task(
-        batch=8, steps=25, held_out=64, longest=8, settings={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
-    ),
+    "gsm_symbolic": Task(batch=2, steps=30, held_out=24, longest=150, ranks=RANKS, solving=(1,), settings={}),
+    "chain_sum": Task(batch=8, steps=30, held_out=64, longest=8, ranks=(RANK,), solving=(1, 2, 3), settings=SUMS),
 }
-SWEEP_SEED, EXACT_SEED = 0, 1
+SWEEP_SEED = 0
 # Seeds of the problems, further apart than any set is long: `reasoning_gym` draws problem i of a set from seed + i.
 VALIDATION, TEST, TRAIN, APART = 10_000_000, 20_000_000, 30_000_000, 100_000
 
@@ -174,7 +174,7 @@ def schedule(steps: int) -> Any:
 
 
 def work(job: Run) -> Run:
-    """One run: adapt, train, and the losses; the accuracy too where it is asked for."""
+    """One run: adapt, train, and the loss on validation problems to sweep with, else on test problems, some of them solved."""
     task, steps = TASKS[job["task"]], job["steps"]
     validation = fresh(job["task"], job["held_out"], VALIDATION, [])
     test = fresh(job["task"], job["held_out"], TEST, validation)
@@ -189,10 +189,12 @@ def work(job: Run) -> Run:
         "trainable": sum(parameter.numel() for parameter in trained(model)),
         "losses": [round(loss, 4) for loss in losses],
         "tokens": sum(int(mask.sum()) for _, mask, _ in parts),
-        "validation_loss": held_out_loss(wrapped, validation),
-        "test_loss": held_out_loss(wrapped, test),
     }
-    if job["seed"] == EXACT_SEED:
+    if job["seed"] == SWEEP_SEED:
+        result["validation_loss"] = held_out_loss(wrapped, validation)
+    else:
+        result["test_loss"] = held_out_loss(wrapped, test)
+    if job["seed"] in task.solving and job["rank"] == ranks(RANK)[job["method"]]:
         result["test_accuracy"] = accuracy(model, test, task.longest)
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
@@ -212,14 +214,16 @@ def ranks(rank: int) -> dict[str, int | None]:
     return {method: equal_rank(method, budget, linears) for method in METHODS}
 
 
-def tasks(result: Mapping[str, Any]) -> list[str]:
-    """The tasks of which every method has reported runs."""
-    return [task for task in TASKS if all(final_runs(result, task, method) for method in result["costs"])]
+def swept(result: Mapping[str, Any], task: str, method: str, rank: int | None) -> list[Run]:
+    """The runs of a method at a rank that its learning rate is chosen with."""
+    return select(result["runs"], task=task, method=method, rank=rank, seed=SWEEP_SEED)
 
 
-def final_runs(result: Mapping[str, Any], task: str, method: str) -> list[Run]:
-    """The reported runs of a method at rank 64 or its equal."""
-    return reported(result, task, method, result["ranks"][str(RANK)][method])
+def untried(result: Mapping[str, Any], task: str, method: str, rank: int | None) -> list[float]:
+    """Of the best learning rate and its neighbours: those that have no run."""
+    runs = swept(result, task, method, rank)
+    place = LADDER.index(best_rate(runs, "validation_loss", largest=False) if runs else FIRST[method])
+    return [rate for rate in LADDER[max(0, place - 1) : place + 2] if not select(runs, lr=rate)]
 
 
 def reported(result: Mapping[str, Any], task: str, method: str, rank: int | None) -> list[Run]:
@@ -227,14 +231,25 @@ def reported(result: Mapping[str, Any], task: str, method: str, rank: int | None
     return [run for run in select(result["runs"], task=task, method=method, rank=rank) if run["seed"] != SWEEP_SEED]
 
 
-def solved(runs: list[Run]) -> str:
-    """The share of problems solved, in per cent, of the run that solved them."""
-    return ", ".join(f"{100 * run['test_accuracy']:.1f}" for run in runs if "test_accuracy" in run)
+def final_runs(result: Mapping[str, Any], task: str, size: int) -> dict[str, list[Run]]:
+    """The reported runs by method, each at the rank at which it trains as much as MiSSe at rank ``size``."""
+    return {method: reported(result, task, method, result["ranks"][str(size)][method]) for method in result["costs"]}
 
 
-def quality(result: Mapping[str, Any], task: str = "gsm_symbolic") -> dict[str, dict[int, float]]:
+def held_out_losses(result: Mapping[str, Any], task: str, size: int) -> dict[str, dict[int, float]]:
     """Test loss, by method and seed."""
-    return {method: by_seed(final_runs(result, task, method), "test_loss") for method in result["costs"]}
+    return {method: by_seed(runs, "test_loss") for method, runs in final_runs(result, task, size).items()}
+
+
+def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Test loss on gsm_symbolic at rank 64, by method and seed."""
+    return held_out_losses(result, "gsm_symbolic", RANK)
+
+
+def solved(runs: list[Run]) -> str:
+    """The share of problems solved, in per cent, of the runs that solved them."""
+    shares = [100 * run["test_accuracy"] for run in runs if "test_accuracy" in run]
+    return Estimate.of(shares).text(1) if shares else ""
 
 
 def first_batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -253,36 +268,28 @@ def measure(compared: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The tables, in Markdown: the methods, then the ranks."""
-    rows, rank_rows = [], []
-    for task in tasks(result):
-        losses = quality(result, task)
-        p = holm({method: paired(losses[MISSE], losses[method]) for method in losses if method != MISSE})
-        for method in losses:
-            runs = final_runs(result, task, method)
-            swept = select(result["runs"], task=task, method=method, seed=SWEEP_SEED)
-            cells = [task, method, runs[0]["rank"], runs[0]["trainable"], rate_text(runs[0]["lr"], swept)]
-            cells += [Estimate.of(list(losses[method].values())).text(4), f"{p[method]:.2g}" if method in p else ""]
+    """The table, in Markdown."""
+    rows = []
+    for task, size in itertools.product(TASKS, map(int, result["ranks"])):
+        final = final_runs(result, task, size)
+        if not all(final.values()):  # no rank of this task, or an interrupted benchmark
+            continue
+        loss = held_out_losses(result, task, size)
+        p = holm({method: paired(loss[MISSE], loss[method]) for method in loss if method != MISSE})
+        for method, runs in final.items():
+            rank = runs[0]["rank"]
+            cells = [task, method, rank, runs[0]["trainable"], rate_text(runs[0]["lr"], swept(result, task, method, rank))]
+            cells += [Estimate.of(list(loss[method].values())).text(4), f"{p[method]:.2g}" if method in p else ""]
             rows.append([*cells, solved(runs)])
-    for method in [method for method in RANKED if method in result["costs"]]:
-        for of_rank in result["ranks"].values():
-            mine = reported(result, RANKED_TASK, method, of_rank[method])
-            if mine:  # an interrupted benchmark has some ranks only
-                cells = [method, mine[0]["rank"], mine[0]["trainable"], f"{mine[0]['lr']:g}", len(mine)]
-                rank_rows.append([*cells, Estimate.of([run["test_loss"] for run in mine]).text(4)])
-    head = ["task", "method", "rank", "trained", "best rate", "test loss", "p against MiSSe", "solved, % (one seed)"]
-    ranked = ["method", "rank", "trained", "rate", "seeds", "test loss"]
-    return table(head, rows) + "\n\n" + table(ranked, rank_rows)
+    return table(["task", "method", "rank", "trained", "best rate", "test loss", "p against MiSSe", "solved, %"], rows)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The paper's Figure 5, by name: training loss against tokens, and against the time that the steps take one after another."""
-    figure, axes = plots.panels(len(tasks(result)), 2, width=4)
-    for task, (by_tokens, by_time) in zip(tasks(result), (axes[:2], axes[2:])):
-        for method in result["costs"]:
-            runs = final_runs(result, task, method)
-            curves = [smooth(run["losses"]) for run in runs]
-            values = list(zip(*curves))
+    """The paper's Figure 5, training loss against tokens and against the time of the steps, and its Table 7, by name."""
+    figure, axes = plots.panels(len(TASKS), 2, width=4)
+    for task, (by_tokens, by_time) in zip(TASKS, (axes[:2], axes[2:])):
+        for method, runs in final_runs(result, task, RANK).items():
+            values = list(zip(*(smooth(run["losses"]) for run in runs)))
             tokens = sum(run["tokens"] for run in runs) / len(runs) / len(values)
             # Estimated from the step time of one batch of gsm_symbolic, for each token alike.
             second = result["costs"][method]["step"]["ms"] / 1e3 / result["batch_tokens"]
@@ -291,7 +298,19 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
         for axis, label in ((by_tokens, "training tokens"), (by_time, "estimated time of the steps, s")):
             axis.set(title=task, xlabel=label, ylabel="training loss (running mean)", yscale="log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
-    return {"math_word_problems": figure}
+    return {"math_word_problems": figure, "math_word_problems_ranks": by_rank(result)}
+
+
+def by_rank(result: Mapping[str, Any], task: str = "gsm_symbolic") -> Any:
+    """Test loss against trained parameters."""
+    figure, (axis,) = plots.panels(1, 1, width=5)
+    for method in result["costs"]:
+        runs = [final_runs(result, task, int(size))[method] for size in result["ranks"]]
+        values = [[run["test_loss"] for run in of_rank] for of_rank in runs]
+        axis.plot([of_rank[0]["trainable"] for of_rank in runs], list(map(statistics.fmean, values)), **plots.look(method))
+    axis.set(title=f"{task}, means over seeds", xlabel="trained parameters", ylabel="test loss", xscale="log")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
+    return figure
 
 
 def smooth(losses: list[float], share: float = 0.85) -> list[float]:
@@ -312,8 +331,7 @@ def run(
     sizes: Sequence[int] = RANKS,
     short: bool = False,
 ) -> dict[str, Any]:
-    """Measure the costs, sweep the rates, and run what is left to run at the best ones, one task after another."""
-    at = ranks(RANK)
+    """Measure the costs, sweep the rates, and run what is left to run at the best ones."""
     sections = {
         "ranks": {str(rank): ranks(rank) for rank in sizes},
         "batch_tokens": int(first_batch()[1].sum()),
@@ -326,17 +344,13 @@ def run(
         done = run_all([job for place, job in enumerate(wanted) if job not in wanted[:place]], work, path, workers)
         result.update(done, runs=result["runs"] + [run for run in done["runs"] if run not in result["runs"]])
 
-    for task in TASKS:
-        add([job for method in compared for job in jobs(task, method, at[method], RATES[method], [SWEEP_SEED], short=short)])
-        final: list[Run] = []
-        further: list[Run] = []
-        for method in compared:
-            swept = select(result["runs"], task=task, method=method, rank=at[method], seed=SWEEP_SEED)
-            rate = best_rate(swept, "validation_loss", largest=False)
-            final += jobs(task, method, at[method], [rate], range(1, 1 + seeds), short=short)
-            for rank in sizes if task == RANKED_TASK and method in RANKED else ():
-                further += jobs(task, method, ranks(rank)[method], [rate], [2], short=short)
-        add(sorted(final, key=lambda job: job["seed"]) + further)
+    placed = [(task, size) for task in TASKS for size in sizes if size in TASKS[task].ranks]
+    cells = [(task, method, ranks(size)[method]) for task, size in placed for method in compared]
+    while wanted := [job for cell in cells for job in jobs(*cell, untried(result, *cell), [SWEEP_SEED], short=short)]:
+        add(wanted)
+    best = {cell: best_rate(swept(result, *cell), "validation_loss", largest=False) for cell in cells}
+    final = [job for cell in cells for job in jobs(*cell, [best[cell]], range(1, 1 + seeds), short=short)]
+    add(sorted(final, key=lambda job: job["seed"]))
     return result
 
 

@@ -236,16 +236,35 @@ def small_language_model(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
 
 
 def test_word_problems(small_language_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
-    tasks = {name: task._replace(batch=2, steps=30, held_out=40, longest=3) for name, task in problems.TASKS.items()}
+    of_task = {"gsm_symbolic": {"ranks": (8, 16), "solving": (1,)}, "chain_sum": {"ranks": (8,), "solving": ()}}
+    tasks = {
+        name: task._replace(batch=2, steps=30, held_out=40, longest=3, **of_task[name]) for name, task in problems.TASKS.items()
+    }
     monkeypatch.setattr(problems, "TASKS", tasks)
     monkeypatch.setattr(problems, "RANK", 8)
-    result = problems.run(1, None, 0, compared=(LORA, MISSE), sizes=(8, 16), short=True)
+    result = problems.run(2, None, 0, compared=(LORA, MISSE), sizes=(8, 16), short=True)
     for function in (problems.problems, problems.ranks):
         function.cache_clear()
-    assert {run["seed"] for run in result["runs"]} == {0, 1, 2}
     assert all(len(run["losses"]) == 3 for run in result["runs"])
-    assert all(("test_accuracy" in run) == (run["seed"] == 1) for run in result["runs"])
-    assert "| gsm_symbolic | MiSSe | 8 |" in problems.report(result)
+    for task, rank in (("gsm_symbolic", 8), ("gsm_symbolic", 16), ("chain_sum", 8)):
+        mine = runs.select(result["runs"], task=task, method=MISSE, rank=rank)
+        swept = {run["lr"]: run["validation_loss"] for run in mine if run["seed"] == problems.SWEEP_SEED}
+        best = min(swept, key=swept.__getitem__)
+        place = problems.LADDER.index(best)
+        assert swept.keys() >= set(problems.LADDER[max(0, place - 1) : place + 2])  # none untried beside the best
+        final = [run for run in mine if run["seed"] != problems.SWEEP_SEED]
+        assert sorted((run["seed"], run["lr"]) for run in final) == [(1, best), (2, best)]
+        for run in final:
+            assert "test_loss" in run
+            assert "validation_loss" not in run
+            assert ("test_accuracy" in run) == (task == "gsm_symbolic" and rank == 8 and run["seed"] == 1)
+    assert not runs.select(result["runs"], task="chain_sum", rank=16)
+    rows = [line.split(" | ") for line in problems.report(result).splitlines()[2:]]
+    assert [(row[0], row[2]) for row in rows if row[1] == MISSE] == [
+        ("| gsm_symbolic", "8"),
+        ("| gsm_symbolic", "16"),
+        ("| chain_sum", "8"),
+    ]
     check_figures(problems, result)
 
 
