@@ -2,10 +2,12 @@
 
 Two tasks of `reasoning_gym`, procedural and with checkable answers: ``gsm_symbolic`` (the GSM8K templates with new names and
 numbers, answered in steps) and ``chain_sum`` (sums of two or three numbers of one or two digits). Problems held out are not among
-those trained on, but those of gsm_symbolic have the same templates. The base is in bf16, adapters are in fp32, all
-linear layers are adapted, and methods train equally many parameters (those of MiSSe at ranks 8 to 128). Each method's learning
-rate at each rank is the best of a sweep on validation loss with seed 0, which goes on until the best has a worse one on either
-side; the loss on test problems is reported for other seeds, and at rank 64 the share of them that is solved exactly.
+those trained on, but those of gsm_symbolic have the same templates. The base is in bf16, adapters are in fp32, all linear layers
+are adapted, and methods train as many parameters as MiSSe at ranks 8 to 128, or as few less as whole ranks allow.
+
+Each method's learning rate at each rank is the best of a sweep on validation loss with seed 0, which goes on until the best has
+a worse one on either side, or the ladder of rates ends. Test loss is reported for other seeds, and for some of them, at rank 64,
+the share of the test problems that is solved exactly.
 """
 
 import copy
@@ -174,7 +176,7 @@ def schedule(steps: int) -> Any:
 
 
 def work(job: Run) -> Run:
-    """One run: adapt, train, and the loss on validation problems to sweep with, else on test problems, some of them solved."""
+    """One run: adapt, train, and the loss on validation problems to sweep with, else on test problems. Some solve them too."""
     task, steps = TASKS[job["task"]], job["steps"]
     validation = fresh(job["task"], job["held_out"], VALIDATION, [])
     test = fresh(job["task"], job["held_out"], TEST, validation)
@@ -216,24 +218,50 @@ def ranks(rank: int) -> dict[str, int | None]:
 
 def swept(result: Mapping[str, Any], task: str, method: str, rank: int | None) -> list[Run]:
     """The runs of a method at a rank that its learning rate is chosen with."""
-    return select(result["runs"], task=task, method=method, rank=rank, seed=SWEEP_SEED)
+    runs = select(result["runs"], task=task, method=method, rank=rank, seed=SWEEP_SEED)
+    if len({run["lr"] for run in runs}) < len(runs):
+        raise ValueError(f"two runs of one rate: {runs[0]}; keep runs of other settings in a file of their own")
+    return runs
 
 
-def untried(result: Mapping[str, Any], task: str, method: str, rank: int | None) -> list[float]:
-    """Of the best learning rate and its neighbours: those that have no run."""
-    runs = swept(result, task, method, rank)
-    place = LADDER.index(best_rate(runs, "validation_loss", largest=False) if runs else FIRST[method])
+def chosen(runs: list[Run]) -> float:
+    """The best learning rate of a sweep."""
+    return best_rate(runs, "validation_loss", largest=False)
+
+
+def untried(runs: list[Run], method: str) -> list[float]:
+    """Of the best learning rate of a sweep and its neighbours: those that have no run.
+
+    With no run yet they are the first three, and where all runs diverged the rate below them.
+    """
+    if not runs:
+        place = LADDER.index(FIRST[method])
+    elif all(run["validation_loss"] is None for run in runs):
+        place = LADDER.index(min(run["lr"] for run in runs))
+    else:
+        place = LADDER.index(chosen(runs))
     return [rate for rate in LADDER[max(0, place - 1) : place + 2] if not select(runs, lr=rate)]
 
 
-def reported(result: Mapping[str, Any], task: str, method: str, rank: int | None) -> list[Run]:
-    """The runs of a method at a rank that no choice was made with."""
-    return [run for run in select(result["runs"], task=task, method=method, rank=rank) if run["seed"] != SWEEP_SEED]
-
-
 def final_runs(result: Mapping[str, Any], task: str, size: int) -> dict[str, list[Run]]:
-    """The reported runs by method, each at the rank at which it trains as much as MiSSe at rank ``size``."""
-    return {method: reported(result, task, method, result["ranks"][str(size)][method]) for method in result["costs"]}
+    """By method, the runs that no choice was made with, at its best rate and the rank that trains as much as MiSSe's ``size``.
+
+    Of an interrupted benchmark those of the seeds that all methods have.
+    """
+    of_method = {}
+    for method in result["costs"]:
+        cell = (task, method, result["ranks"][str(size)][method])
+        sweep = swept(result, *cell)
+        settings = dict(zip(("task", "method", "rank"), cell)) | {"lr": chosen(sweep) if sweep else None}
+        of_method[method] = [run for run in select(result["runs"], **settings) if run["seed"] != SWEEP_SEED]
+    common = set.intersection(*({run["seed"] for run in runs} for runs in of_method.values()))
+    return {method: [run for run in runs if run["seed"] in common] for method, runs in of_method.items()}
+
+
+def complete(result: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The tasks and ranks that all methods have reported runs of."""
+    every = itertools.product(TASKS, map(int, result["ranks"]))
+    return [(task, size) for task, size in every if all(final_runs(result, task, size).values())]
 
 
 def held_out_losses(result: Mapping[str, Any], task: str, size: int) -> dict[str, dict[int, float]]:
@@ -247,9 +275,9 @@ def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
 
 
 def solved(runs: list[Run]) -> str:
-    """The share of problems solved, in per cent, of the runs that solved them."""
+    """The share of problems solved, in per cent, and the number of runs that solved them."""
     shares = [100 * run["test_accuracy"] for run in runs if "test_accuracy" in run]
-    return Estimate.of(shares).text(1) if shares else ""
+    return f"{Estimate.of(shares).text(1)} ({len(shares)})" if shares else ""
 
 
 def first_batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -267,27 +295,32 @@ def measure(compared: Sequence[str], rounds: int) -> dict[str, Any]:
     return costs(Model(base()), builds, ranks(RANK), first_batch(), LORA, rounds=rounds, threads=os.cpu_count() or 1)
 
 
+def beside(theirs: Mapping[int, float], ours: Mapping[int, float]) -> Estimate:
+    """The difference of two methods, seed by seed, for seeds draw different problems."""
+    return Estimate.of([theirs[seed] - ours[seed] for seed in ours])
+
+
 def report(result: Mapping[str, Any]) -> str:
-    """The table, in Markdown."""
+    """The table, in Markdown. Holm's correction is for the methods of one task and rank."""
     rows = []
-    for task, size in itertools.product(TASKS, map(int, result["ranks"])):
-        final = final_runs(result, task, size)
-        if not all(final.values()):  # no rank of this task, or an interrupted benchmark
-            continue
+    for task, size in complete(result):
         loss = held_out_losses(result, task, size)
         p = holm({method: paired(loss[MISSE], loss[method]) for method in loss if method != MISSE})
-        for method, runs in final.items():
+        for method, runs in final_runs(result, task, size).items():
             rank = runs[0]["rank"]
-            cells = [task, method, rank, runs[0]["trainable"], rate_text(runs[0]["lr"], swept(result, task, method, rank))]
-            cells += [Estimate.of(list(loss[method].values())).text(4), f"{p[method]:.2g}" if method in p else ""]
+            rate = rate_text(runs[0]["lr"], swept(result, task, method, rank))
+            cells = [task, size, method, rank, runs[0]["trainable"], rate, Estimate.of(list(loss[method].values())).text(3)]
+            cells += ["", ""] if method == MISSE else [beside(loss[method], loss[MISSE]).text(3), f"{p[method]:.2g}"]
             rows.append([*cells, solved(runs)])
-    return table(["task", "method", "rank", "trained", "best rate", "test loss", "p against MiSSe", "solved, %"], rows)
+    head = ["task", "MiSSe's rank", "method", "rank", "trained", "best rate", "test loss", "less MiSSe's", "p"]
+    return table([*head, "solved, % (seeds)"], rows)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The paper's Figure 5, training loss against tokens and against the time of the steps, and its Table 7, by name."""
-    figure, axes = plots.panels(len(TASKS), 2, width=4)
-    for task, (by_tokens, by_time) in zip(TASKS, (axes[:2], axes[2:])):
+    """By name: the paper's Figure 5, training loss against tokens and time, and for Table 7 the test loss against parameters."""
+    tasks = [task for task, size in complete(result) if size == RANK]
+    figure, axes = plots.panels(len(tasks), 2, width=4)
+    for task, (by_tokens, by_time) in zip(tasks, zip(axes[::2], axes[1::2])):
         for method, runs in final_runs(result, task, RANK).items():
             values = list(zip(*(smooth(run["losses"]) for run in runs)))
             tokens = sum(run["tokens"] for run in runs) / len(runs) / len(values)
@@ -301,15 +334,18 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"math_word_problems": figure, "math_word_problems_ranks": by_rank(result)}
 
 
-def by_rank(result: Mapping[str, Any], task: str = "gsm_symbolic") -> Any:
-    """Test loss against trained parameters."""
-    figure, (axis,) = plots.panels(1, 1, width=5)
+def by_rank(result: Mapping[str, Any]) -> Any:
+    """Means of the test loss on gsm_symbolic against trained parameters, and beside MiSSe's with intervals."""
+    figure, (whole, difference) = plots.panels(1, 2, width=4)
+    sizes = [(size, held_out_losses(result, task, size)) for task, size in complete(result) if task == "gsm_symbolic"]
     for method in result["costs"]:
-        runs = [final_runs(result, task, int(size))[method] for size in result["ranks"]]
-        values = [[run["test_loss"] for run in of_rank] for of_rank in runs]
-        axis.plot([of_rank[0]["trainable"] for of_rank in runs], list(map(statistics.fmean, values)), **plots.look(method))
-    axis.set(title=f"{task}, means over seeds", xlabel="trained parameters", ylabel="test loss", xscale="log")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
+        trained_at = [final_runs(result, "gsm_symbolic", size)[method][0]["trainable"] for size, _ in sizes]
+        whole.plot(trained_at, [statistics.fmean(loss[method].values()) for _, loss in sizes], **plots.look(method))
+        means, halves = zip(*(beside(loss[method], loss[MISSE]) for _, loss in sizes))
+        difference.errorbar(trained_at, means, halves, **plots.look(method, capsize=2))
+    whole.set(xlabel="trained parameters", ylabel="test loss, mean over seeds", xscale="log")
+    difference.set(xlabel="trained parameters", ylabel="test loss less MiSSe's", xscale="log")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
     return figure
 
 
@@ -341,14 +377,16 @@ def run(
     result: dict[str, Any] = sections | {"runs": []}
 
     def add(wanted: list[Run]) -> None:
-        done = run_all([job for place, job in enumerate(wanted) if job not in wanted[:place]], work, path, workers)
+        done = run_all(wanted, work, path, workers)
         result.update(done, runs=result["runs"] + [run for run in done["runs"] if run not in result["runs"]])
 
     placed = [(task, size) for task in TASKS for size in sizes if size in TASKS[task].ranks]
     cells = [(task, method, ranks(size)[method]) for task, size in placed for method in compared]
-    while wanted := [job for cell in cells for job in jobs(*cell, untried(result, *cell), [SWEEP_SEED], short=short)]:
+    while wanted := [
+        job for cell in cells for job in jobs(*cell, untried(swept(result, *cell), cell[1]), [SWEEP_SEED], short=short)
+    ]:
         add(wanted)
-    best = {cell: best_rate(swept(result, *cell), "validation_loss", largest=False) for cell in cells}
+    best = {cell: chosen(swept(result, *cell)) for cell in cells}
     final = [job for cell in cells for job in jobs(*cell, [best[cell]], range(1, 1 + seeds), short=short)]
     add(sorted(final, key=lambda job: job["seed"]))
     return result

@@ -236,7 +236,7 @@ def small_language_model(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
 
 
 def test_word_problems(small_language_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
-    of_task = {"gsm_symbolic": {"ranks": (8, 16), "solving": (1,)}, "chain_sum": {"ranks": (8,), "solving": ()}}
+    of_task = {"gsm_symbolic": {"ranks": (8, 16), "solving": (1,)}, "chain_sum": {"ranks": (8,), "solving": (1, 2)}}
     tasks = {
         name: task._replace(batch=2, steps=30, held_out=40, longest=3, **of_task[name]) for name, task in problems.TASKS.items()
     }
@@ -246,26 +246,56 @@ def test_word_problems(small_language_model: LlamaForCausalLM, monkeypatch: pyte
     for function in (problems.problems, problems.ranks):
         function.cache_clear()
     assert all(len(run["losses"]) == 3 for run in result["runs"])
+    solved = {("gsm_symbolic", 8, 1), ("chain_sum", 8, 1), ("chain_sum", 8, 2)}
     for task, rank in (("gsm_symbolic", 8), ("gsm_symbolic", 16), ("chain_sum", 8)):
-        mine = runs.select(result["runs"], task=task, method=MISSE, rank=rank)
-        swept = {run["lr"]: run["validation_loss"] for run in mine if run["seed"] == problems.SWEEP_SEED}
-        best = min(swept, key=swept.__getitem__)
-        place = problems.LADDER.index(best)
-        assert swept.keys() >= set(problems.LADDER[max(0, place - 1) : place + 2])  # none untried beside the best
-        final = [run for run in mine if run["seed"] != problems.SWEEP_SEED]
-        assert sorted((run["seed"], run["lr"]) for run in final) == [(1, best), (2, best)]
-        for run in final:
-            assert "test_loss" in run
-            assert "validation_loss" not in run
-            assert ("test_accuracy" in run) == (task == "gsm_symbolic" and rank == 8 and run["seed"] == 1)
-    assert not runs.select(result["runs"], task="chain_sum", rank=16)
-    rows = [line.split(" | ") for line in problems.report(result).splitlines()[2:]]
-    assert [(row[0], row[2]) for row in rows if row[1] == MISSE] == [
-        ("| gsm_symbolic", "8"),
-        ("| gsm_symbolic", "16"),
-        ("| chain_sum", "8"),
+        final = problems.final_runs(result, task, rank)
+        for method, mine in final.items():
+            sweep = problems.swept(result, task, method, mine[0]["rank"])
+            assert not problems.untried(sweep, method)
+            assert all("test_loss" not in run for run in sweep)
+            assert sorted((run["seed"], run["lr"]) for run in mine) == [(seed, problems.chosen(sweep)) for seed in (1, 2)]
+            assert all("validation_loss" not in run for run in mine)
+        assert {(task, rank, run["seed"]) for run in final[MISSE] if "test_accuracy" in run} == {
+            each for each in solved if each[:2] == (task, rank)
+        }
+    assert problems.complete(result) == [("gsm_symbolic", 8), ("gsm_symbolic", 16), ("chain_sum", 8)]
+    rows = [line[2:-2].split(" | ") for line in problems.report(result).splitlines()[2:]]
+    assert [(row[0], row[1], row[-1][-3:]) for row in rows if row[2] == MISSE] == [
+        ("gsm_symbolic", "8", "(1)"),
+        ("gsm_symbolic", "16", ""),
+        ("chain_sum", "8", "(2)"),
     ]
     check_figures(problems, result)
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [
+        ({}, [3e-4, 1e-3, 3e-3]),
+        ({3e-4: 2.0, 1e-3: 1.0, 3e-3: 2.0}, []),
+        ({3e-4: 2.0, 1e-3: 1.0, 3e-3: 0.5}, [1e-2]),
+        ({1e-5: 1.0, 3e-5: 2.0}, []),  # the ladder ends
+        ({1e-3: 1.0, 3e-3: None}, [3e-4]),  # diverged
+        ({3e-4: None, 1e-3: None, 3e-3: None}, [1e-4]),
+    ],
+)
+def test_the_sweep_goes_on_to_the_neighbours_of_the_best(losses: dict[float, float | None], wanted: list[float]):
+    sweep = [{"lr": rate, "validation_loss": loss} for rate, loss in losses.items()]
+    assert problems.untried(sweep, LORA) == wanted
+
+
+def test_reported_runs_are_those_at_the_best_rate_of_seeds_that_all_have():
+    settings = {"task": "gsm_symbolic", "rank": 8}
+    runs_of = {method: [{"method": method, "lr": 1e-3, "seed": 0, "validation_loss": 1.0}] for method in (LORA, MISSE)}
+    for method, seeds in ((LORA, (1, 2, 3)), (MISSE, (1, 2))):
+        runs_of[method] += [{"method": method, "lr": 1e-3, "seed": seed, "test_loss": float(seed)} for seed in seeds]
+    stale = {"method": MISSE, "lr": 3e-4, "seed": 2, "test_loss": 9.0}
+    rows = [settings | run for run in [*runs_of[LORA], *runs_of[MISSE], stale]]
+    result = {"runs": rows, "costs": {LORA: {}, MISSE: {}}, "ranks": {"8": {LORA: 8, MISSE: 8}, "16": {LORA: 16, MISSE: 16}}}
+    assert problems.held_out_losses(result, "gsm_symbolic", 8) == {method: {1: 1.0, 2: 2.0} for method in (LORA, MISSE)}
+    assert problems.complete(result) == [("gsm_symbolic", 8)]
+    with pytest.raises(ValueError, match="two runs of one rate"):
+        problems.complete(result | {"runs": [*rows, rows[0]]})
 
 
 def test_loss_is_of_the_answers_alone_whatever_the_padding(small_language_model: LlamaForCausalLM):
@@ -296,6 +326,31 @@ def test_problems_held_out_are_not_trained_on(small_language_model: LlamaForCaus
         assert all(len(a & b) < 10 for place, a in enumerate(sets) for b in sets[:place])  # by chance; shifted sets share all
         seen = problems.problems(task, 10, problems.TRAIN)
         assert not questions(problems.fresh(task, 50, problems.TRAIN, seen)) & questions(seen)
+
+
+@pytest.mark.parametrize("seed", [problems.SWEEP_SEED, 1])
+def test_a_run_keeps_its_problems_apart(seed: int, small_language_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    """Where every draw gives the same problems, none is both trained on, validated with and tested with."""
+    trained_on, scored = set(), set()
+
+    def same(task: str, count: int, seed: int) -> list[problems.Problem]:
+        return [problems.Problem([place], [66], 0.0) for place in range(count)]
+
+    def train(model: nn.Module, method: str, rank: int, batches: list, **settings: object) -> list[float]:
+        trained_on.update(row[0].item() for tokens, _, _ in batches for row in tokens)
+        return [0.0]
+
+    def score(model: nn.Module, rows: list[problems.Problem]) -> float:
+        scored.update(row.question[0] for row in rows)
+        return 0.0
+
+    monkeypatch.setattr(problems, "problems", same)
+    monkeypatch.setattr(problems, "fit", train)
+    monkeypatch.setattr(problems, "held_out_loss", score)
+    monkeypatch.setattr(problems, "accuracy", lambda model, rows, longest: score(model, rows))
+    problems.work({"task": "gsm_symbolic", "method": MISSE, "rank": 4, "lr": 1e-3, "seed": seed, "steps": 10, "held_out": 4})
+    assert scored == (set(range(4)) if seed == problems.SWEEP_SEED else set(range(4, 8)))
+    assert trained_on == set(range(8, 28))
 
 
 def test_accuracy_reads_the_decoded_answer(small_language_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
