@@ -4,7 +4,8 @@ The model is all-MiniLM-L6-v2 under a new linear head, the data are the human ra
 measures are Pearson's r and the mean squared error on held-out words. All methods adapt all linear layers of the encoder, at
 equal numbers of trainable parameters (VeRA, which cannot, at its default rank), and each is reported at the learning rate that
 is best for it on the validation words. A second part asks whether one learning rate serves all ranks, under the paper's scale of
-1 and under the scale that gives the frozen 0/1 factor rows (MiSSe) or columns (MiSS) of unit norm.
+1 and under the scale that gives the frozen 0/1 factor rows (MiSSe) or columns (MiSS) of unit norm; and what MiSSe reaches if each
+input has a random sign, drawn once, so that inputs of one sign do not add up in its sums.
 """
 
 import copy
@@ -32,6 +33,7 @@ from common.methods import (
     ORTHONORMAL,
     PISSA,
     RSLORA,
+    SIGNED,
     VERA,
     Output,
     adapt,
@@ -65,6 +67,7 @@ STUDY = (
     (MISS, ORTHONORMAL, None, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
     (MISSE, PAPER, HEAD, (4, 16, 64), (1e-4, 3e-4, 1e-3)),
     (MISSE, ORTHONORMAL, HEAD, (4, 16, 64), (1e-3, 3e-3, 1e-2)),
+    (SIGNED, PAPER, None, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
 )
 STUDY_SEEDS = 3
 

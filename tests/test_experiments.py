@@ -21,7 +21,7 @@ import publish
 import word_valence
 from common import methods, runs
 from common.costs import costs
-from common.methods import COUNTS, FULL, LORA, LORA_FA, MISS, MISSE, VERA, Output, adapt, equal_rank, fit, trained
+from common.methods import COUNTS, FULL, LORA, LORA_FA, MISS, MISSE, SIGNED, VERA, Output, adapt, equal_rank, fit, trained
 from common.runs import Estimate
 from miss import functional
 
@@ -76,6 +76,19 @@ def test_orthonormal_scale_gives_the_fixed_factor_unit_rows():
                 else (functional.miss_factors(layer.miss_D, layer.out_features))
             )
             torch.testing.assert_close(layer.scale * frozen(a, b).norm(dim=1), torch.ones(4))
+
+
+def test_random_signs_are_those_of_the_delta():
+    torch.manual_seed(0)
+    base = Small()
+    model = adapt(copy.deepcopy(base), SIGNED, 4, TARGETS)
+    layer, old = model.body[0], base.body[0]
+    signs = layer.weight[0] / old.weight[0]
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    nn.init.normal_(layer.miss_D)
+    shared, own = functional.misse_factors(layer.miss_D, 12, 20)
+    delta = own @ shared * signs
+    torch.testing.assert_close(layer(BATCH[0]), nn.functional.linear(BATCH[0], old.weight + delta, old.bias))
 
 
 def test_a_head_has_its_own_rate():

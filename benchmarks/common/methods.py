@@ -12,8 +12,9 @@ from miss import adapted_modules, inject
 
 FULL, LORA, RSLORA, PISSA, DORA = "full fine-tuning", "LoRA", "rsLoRA", "PiSSA", "DoRA"
 LORA_FA, ADALORA, VERA, MISS, MISSE = "LoRA-FA", "AdaLoRA", "VeRA", "MiSS", "MiSSe"
+SIGNED = "MiSSe, random signs"  # a study, which the library does not have
 ORTHONORMAL = "orthonormal"
-FORMS = {MISS: "miss", MISSE: "misse"}
+FORMS = {MISS: "miss", MISSE: "misse", SIGNED: "misse"}
 EXTRAS = {
     'pip install "miss-torch[experiments]"': (
         "gguf",
@@ -41,6 +42,7 @@ COUNTS: dict[str, Callable[[int, int, int], int]] = {
     LORA_FA: lambda r, k, d: r * d,
     MISS: lambda r, k, d: r * k,
     MISSE: lambda r, k, d: r * d,
+    SIGNED: lambda r, k, d: r * d,
 }
 
 
@@ -101,8 +103,10 @@ def adapt(
     if method in FORMS:
         inject(model, targets, rank=rank, method=FORMS[method], trainable=head or ())
         for layer in adapted_modules(model).values():
-            shared = layer.in_features if method == MISSE else layer.out_features
+            shared = layer.out_features if method == MISS else layer.in_features
             layer.scale = math.sqrt(layer.rank / shared) if scale == ORTHONORMAL else scale or 1.0
+            if method == SIGNED:
+                flip(layer)
         return model
     import peft
 
@@ -125,6 +129,14 @@ def adapt(
     if head:
         model.get_submodule(head).requires_grad_(True)
     return wrapped
+
+
+def flip(layer: nn.Linear) -> None:
+    """Give the columns of the delta random signs: the weight's columns are flipped, and before each forward so are the inputs."""
+    signs = torch.randint(2, (layer.in_features,)) * 2.0 - 1
+    with torch.no_grad():
+        layer.weight *= signs
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * signs,))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

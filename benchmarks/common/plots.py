@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.methods import ADALORA, DORA, FULL, LORA, LORA_FA, MISS, MISSE, PISSA, RSLORA, VERA
+from common.methods import ADALORA, DORA, FULL, LORA, LORA_FA, MISS, MISSE, PISSA, RSLORA, SIGNED, VERA
 from common.runs import Estimate
 
 FIGURES = Path(__file__).parent.parent.parent / "docs" / "figures"
 # After Okabe and Ito, whose colours the common forms of colour blindness leave apart; markers and dashes differ too.
 STYLES: dict[str, tuple[str, str, str]] = {
     MISSE: ("#D55E00", "o", "-"),
+    SIGNED: ("#D55E00", "o", ":"),
     MISS: ("#E69F00", "s", "-"),
     LORA: ("#0072B2", "^", "--"),
     RSLORA: ("#0072B2", "v", ":"),
