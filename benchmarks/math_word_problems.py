@@ -250,10 +250,10 @@ def final_runs(result: Mapping[str, Any], task: str, size: int) -> dict[str, lis
     """
     of_method = {}
     for method in result["costs"]:
-        cell = (task, method, result["ranks"][str(size)][method])
-        sweep = swept(result, *cell)
-        settings = dict(zip(("task", "method", "rank"), cell)) | {"lr": chosen(sweep) if sweep else None}
-        of_method[method] = [run for run in select(result["runs"], **settings) if run["seed"] != SWEEP_SEED]
+        cell = {"task": task, "method": method, "rank": result["ranks"][str(size)][method]}
+        sweep = swept(result, **cell)
+        at_best = select(result["runs"], **cell, lr=chosen(sweep)) if sweep else []
+        of_method[method] = [run for run in at_best if run["seed"] != SWEEP_SEED]
     common = set.intersection(*({run["seed"] for run in runs} for runs in of_method.values()))
     return {method: [run for run in runs if run["seed"] in common] for method, runs in of_method.items()}
 
