@@ -22,8 +22,35 @@ from torch import Tensor, nn
 
 from common import methods, plots
 from common.costs import costs
-from common.methods import ADALORA, DORA, FULL, LORA, LORA_FA, MISS, MISSE, PISSA, RSLORA, VERA, Output, adapt, equal_rank
-from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
+from common.methods import (
+    ADALORA,
+    DORA,
+    FULL,
+    LORA,
+    LORA_FA,
+    MISS,
+    MISSE,
+    PISSA,
+    RSLORA,
+    VERA,
+    Output,
+    adapt,
+    equal_rank,
+)
+from common.runs import (
+    Estimate,
+    Run,
+    best_rate,
+    by_rate,
+    by_seed,
+    get_parser,
+    holm,
+    paired,
+    rate_text,
+    run_all,
+    select,
+    write,
+)
 from measure import require_extras, table
 
 SIDE, CANVAS, FONT_SIZES, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 8, 64, (64, 92), 2, 64, 4, 4, 10
@@ -55,8 +82,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (b, tokens, width) to the same shape."""
         y = self.before_attention(x)
-        q, k, v = (rearrange(f(y), "b t (h c) -> b h t c", h=HEADS) for f in (self.q, self.k, self.v))
-        x = x + self.o(rearrange(nn.functional.scaled_dot_product_attention(q, k, v), "b h t c -> b t (h c)"))
+        q, k, v = (
+            rearrange(f(y), "b t (h c) -> b h t c", h=HEADS) for f in (self.q, self.k, self.v)
+        )
+        x = x + self.o(
+            rearrange(nn.functional.scaled_dot_product_attention(q, k, v), "b h t c -> b t (h c)")
+        )
         return x + self.down(nn.functional.gelu(self.up(self.before_mlp(x))))
 
 
@@ -88,16 +119,27 @@ def rendered(count: int, seed: int) -> Images:
     rng = numpy.random.RandomState(seed)
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf")
     files = sorted(path for path in fonts if "Display" not in path.stem)
-    load = functools.cache(lambda file, size: ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC))
+    load = functools.cache(
+        lambda file, size: ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+    )
     images = []
     for place in range(count):
         font = load(files[rng.randint(len(files))], int(rng.randint(*FONT_SIZES)))
         image = Image.new("L", (CANVAS, CANVAS))
         centre, thickness = tuple(CANVAS / 2 + rng.uniform(-5, 5, 2)), int(rng.randint(3))
-        ImageDraw.Draw(image).text(centre, str(place % CLASSES), 255, font, anchor="mm", stroke_width=thickness)
-        image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR).filter(ImageFilter.GaussianBlur(rng.uniform(0, 3)))
-        images.append(numpy.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=numpy.float32) / 255)
-    noisy = rng.uniform(0.7, 1.1, (count, 1, 1)) * numpy.stack(images) + rng.normal(0, 0.05, (count, SIDE, SIDE))
+        ImageDraw.Draw(image).text(
+            centre, str(place % CLASSES), 255, font, anchor="mm", stroke_width=thickness
+        )
+        image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR).filter(
+            ImageFilter.GaussianBlur(rng.uniform(0, 3))
+        )
+        images.append(
+            numpy.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=numpy.float32)
+            / 255
+        )
+    noisy = rng.uniform(0.7, 1.1, (count, 1, 1)) * numpy.stack(images) + rng.normal(
+        0, 0.05, (count, SIDE, SIDE)
+    )
     return torch.from_numpy(noisy).float().clip(0, 1), torch.arange(count) % CLASSES
 
 
@@ -110,21 +152,40 @@ def handwritten() -> dict[str, Images]:
     images, labels = torch.from_numpy(digits.images).float() / 16, torch.from_numpy(digits.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(BASE_SEED))
     rows = order.split([TEST, VALIDATION, len(labels) - TEST - VALIDATION])
-    return {name: (images[row], labels[row]) for name, row in zip(("test", "validation", "pool"), rows)}
+    return {
+        name: (images[row], labels[row]) for name, row in zip(("test", "validation", "pool"), rows)
+    }
 
 
 def chosen(labels: Tensor, seed: int) -> Tensor:
     """The rows of the pool that a seed trains on, as many of each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[labels[order] == digit][: TRAIN // CLASSES] for digit in range(CLASSES)])
+    return torch.cat(
+        [order[labels[order] == digit][: TRAIN // CLASSES] for digit in range(CLASSES)]
+    )
 
 
-def train(model: nn.Module, method: str, rank: int | None, images: Images, size: int, epochs: int, lr: float, seed: int) -> None:
+def train(
+    model: nn.Module,
+    method: str,
+    rank: int | None,
+    images: Images,
+    size: int,
+    epochs: int,
+    lr: float,
+    seed: int,
+) -> None:
     """Train in batches of ``size`` in random order, while the rate falls to zero."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [part for _ in range(epochs) for part in torch.randperm(len(images[1]), generator=generator).split(size)]
+    parts = [
+        part
+        for _ in range(epochs)
+        for part in torch.randperm(len(images[1]), generator=generator).split(size)
+    ]
     batches = ((images[0][part], images[1][part]) for part in parts)
-    for _ in methods.fit(model, method, rank, batches, lr=lr, schedule=lambda step: 1 - step / len(parts)):
+    for _ in methods.fit(
+        model, method, rank, batches, lr=lr, schedule=lambda step: 1 - step / len(parts)
+    ):
         pass
 
 
@@ -135,7 +196,9 @@ def pretrained(size: int) -> nn.Module:
     torch.set_num_threads(1)
     torch.manual_seed(BASE_SEED)
     model = Transformer()
-    train(model, FULL, None, rendered(size, BASE_SEED), BASE_BATCH, BASE_EPOCHS, BASE_RATE, BASE_SEED)
+    train(
+        model, FULL, None, rendered(size, BASE_SEED), BASE_BATCH, BASE_EPOCHS, BASE_RATE, BASE_SEED
+    )
     torch.set_num_threads(threads)
     return model
 
@@ -173,13 +236,24 @@ def ranks() -> dict[tuple[str, float], int | None]:
     """The rank of each method and share of the budget."""
     linears = methods.targeted(Transformer(), TARGETS).values()
     budget = sum(RANK * linear.out_features for linear in linears)
-    return {(method, share): equal_rank(method, int(share * budget), linears, vera=VERA_RANK) for method, share in SETTINGS}
+    return {
+        (method, share): equal_rank(method, int(share * budget), linears, vera=VERA_RANK)
+        for method, share in SETTINGS
+    }
 
 
 def jobs(seeds: int, epochs: int, size: int) -> list[Run]:
     """The settings of every run."""
     return [
-        {"method": method, "rank": rank, "budget": share, "lr": lr, "seed": seed, "epochs": epochs, "size": size}
+        {
+            "method": method,
+            "rank": rank,
+            "budget": share,
+            "lr": lr,
+            "seed": seed,
+            "epochs": epochs,
+            "size": size,
+        }
         for seed in range(seeds)
         for (method, share), rank in ranks().items()
         for lr in RATES[method]
@@ -201,13 +275,19 @@ def measure(rounds: int) -> dict[str, Any]:
 def at_best(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
     """Of each method and share of the budget the runs at the learning rate with the best mean validation accuracy."""
     own = {(method, share): select(runs, method=method, budget=share) for method, share in SETTINGS}
-    return {key: select(of_key, lr=best_rate(of_key, "validation_accuracy", largest=True)) for key, of_key in own.items()}
+    return {
+        key: select(of_key, lr=best_rate(of_key, "validation_accuracy", largest=True))
+        for key, of_key in own.items()
+    }
 
 
 def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     """Test accuracy in per cent at the best learning rate and the whole budget, by method and seed."""
     best = {method: runs for (method, share), runs in at_best(result["runs"]).items() if share == 1}
-    return {method: {run["seed"]: 100 * run["test_accuracy"] for run in runs} for method, runs in best.items()}
+    return {
+        method: {run["seed"]: 100 * run["test_accuracy"] for run in runs}
+        for method, runs in best.items()
+    }
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -215,10 +295,23 @@ def report(result: Mapping[str, Any]) -> str:
     best, base, ours, rows = at_best(result["runs"]), result["base"], (MISSE, 1.0), []
     test = {key: by_seed(runs, "test_accuracy") for key, runs in best.items()}
     p = holm({str(key): paired(test[ours], test[key]) for key in best if key != ours})
-    head = ["method", "budget", "rank", "trained", "step, ms", "best rate", "validation, %", "test, %", "p against MiSSe"]
+    head = [
+        "method",
+        "budget",
+        "rank",
+        "trained",
+        "step, ms",
+        "best rate",
+        "validation, %",
+        "test, %",
+        "p against MiSSe",
+    ]
     for (method, share), runs in best.items():
         step = f"{result['costs'][method]['step']['ms']:.1f}" if share == 1 else ""
-        scores = [Estimate.of([100 * run[name] for run in runs]).text(1) for name in ("validation_accuracy", "test_accuracy")]
+        scores = [
+            Estimate.of([100 * run[name] for run in runs]).text(1)
+            for name in ("validation_accuracy", "test_accuracy")
+        ]
         against = f"{p[str((method, share))]:.2g}" if (method, share) != ours else ""
         sizes = [
             f"{share:g}",
@@ -228,10 +321,14 @@ def report(result: Mapping[str, Any]) -> str:
             rate_text(runs[0]["lr"], select(result["runs"], method=method, budget=share)),
         ]
         rows.append([method, *sizes, *scores, against])
-    lines = [f"Base: {base['rendered']:.1%} of unseen printed digits, {base['real']:.1%} of the handwritten test images."]
+    lines = [
+        f"Base: {base['rendered']:.1%} of unseen printed digits, {base['real']:.1%} of the handwritten test images."
+    ]
     for key in [key for key in best if key[1] < 1]:
         gaps = [100 * (value - test[LORA, 1.0][seed]) for seed, value in test[key].items()]
-        lines.append(f"{key[0]} at {key[1]:g} of the budget, less LoRA at all of it: {Estimate.of(gaps).text(2)} points.")
+        lines.append(
+            f"{key[0]} at {key[1]:g} of the budget, less LoRA at all of it: {Estimate.of(gaps).text(2)} points."
+        )
     return "\n\n".join([table(head, rows), *lines])
 
 
@@ -239,19 +336,37 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy against parameters and against learning rate, by name."""
     figure, (sizes, rates) = plots.panels(1, 2, height=3.6)
     best = at_best(result["runs"])
-    counts = {key: best[key][0]["trainable"] for key in sorted(best, key=lambda key: best[key][0]["trainable"])}
+    counts = {
+        key: best[key][0]["trainable"]
+        for key in sorted(best, key=lambda key: best[key][0]["trainable"])
+    }
     for (method, share), runs in best.items():
         near = [key for key in counts if 0.8 < counts[key] / counts[method, share] < 1.25]
         x = counts[method, share] * 1.07 ** (near.index((method, share)) - (len(near) - 1) / 2)
-        others = {} if share == 1 else {"markerfacecolor": "white", "label": f"{method}, half the budget"}
+        others = (
+            {}
+            if share == 1
+            else {"markerfacecolor": "white", "label": f"{method}, half the budget"}
+        )
         mean, half = Estimate.of([100 * run["test_accuracy"] for run in runs])
         sizes.errorbar(x, mean, half, capsize=2, **plots.look(method, linestyle="", **others))
         if share == 1:
             swept = by_rate(select(result["runs"], method=method, budget=share), "test_accuracy")
-            plots.band(rates, list(swept), [[100 * value for value in values] for values in swept.values()], method)
-    sizes.set(xlabel="trained parameters (points a little apart)", ylabel="test accuracy, %", xscale="log")
-    rates.set(xlabel="learning rate", ylabel="test accuracy, % (cut at 60)", xscale="log", ylim=(60, None))
-    figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+            plots.band(
+                rates,
+                list(swept),
+                [[100 * value for value in values] for values in swept.values()],
+                method,
+            )
+    sizes.set(
+        xlabel="trained parameters (points a little apart)", ylabel="test accuracy, %", xscale="log"
+    )
+    rates.set(
+        xlabel="learning rate", ylabel="test accuracy, % (cut at 60)", xscale="log", ylim=(60, None)
+    )
+    figure.legend(
+        *sizes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     return {"digits_vit": figure}
 
 

@@ -56,18 +56,25 @@ def material(name: str, batches: int) -> tuple[nn.Module, list[tuple[Any, ...]]]
     problems = words.problems("gsm_symbolic", batches * rows, words.TRAIN)
     cuts = [problems[start : start + rows] for start in starts]
     shortest = [min(len(row.question) + len(row.worked) for row in cut) for cut in cuts]
-    collated = [tuple(part[:, :length] for part in words.collate(cut)) for cut, length in zip(cuts, shortest)]
+    collated = [
+        tuple(part[:, :length] for part in words.collate(cut))
+        for cut, length in zip(cuts, shortest)
+    ]
     return words.Model(load_base()), collated
 
 
-def first_gradient(model: nn.Module, parameters: list[nn.Parameter], batch: tuple[Any, ...]) -> float:
+def first_gradient(
+    model: nn.Module, parameters: list[nn.Parameter], batch: tuple[Any, ...]
+) -> float:
     """The norm of the gradient of some parameters together; dropout is off."""
     model.eval()
     gradients = torch.autograd.grad(model(*batch).loss, parameters)
     return math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
 
 
-def correlation(model: nn.Module, layers: Mapping[str, nn.Linear], batch: tuple[Any, ...], rank: int) -> Run:
+def correlation(
+    model: nn.Module, layers: Mapping[str, nn.Linear], batch: tuple[Any, ...], rank: int
+) -> Run:
     """What is expected of LoRA, and the factors by which sums of columns, of rows and of inputs exceed uncorrelated ones."""
     inputs = {name: [0.0, 0.0] for name in layers}
 
@@ -80,19 +87,37 @@ def correlation(model: nn.Module, layers: Mapping[str, nn.Linear], batch: tuple[
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
-        gradients = torch.autograd.grad(model(*batch).loss, [layer.weight for layer in layers.values()])
+        gradients = torch.autograd.grad(
+            model(*batch).loss, [layer.weight for layer in layers.values()]
+        )
     finally:
         for handle in hooks:
             handle.remove()
-    squares = [[part.double().square().sum().item() for part in (m, block_sum(m, rank), shard_sum(m.T, rank))] for m in gradients]
+    squares = [
+        [
+            part.double().square().sum().item()
+            for part in (m, block_sum(m, rank), shard_sum(m.T, rank))
+        ]
+        for m in gradients
+    ]
     whole, columns, rows = (sum(square) for square in zip(*squares))
-    lora = sum(rank / (3 * layer.in_features) * square[0] for layer, square in zip(layers.values(), squares))
+    lora = sum(
+        rank / (3 * layer.in_features) * square[0]
+        for layer, square in zip(layers.values(), squares)
+    )
     own = {name: summed / plain for name, (plain, summed) in inputs.items()}
     return {
-        "expected": {FULL: math.sqrt(whole), LORA: math.sqrt(lora), MISS: math.sqrt(whole), MISSE: math.sqrt(whole)},
+        "expected": {
+            FULL: math.sqrt(whole),
+            LORA: math.sqrt(lora),
+            MISS: math.sqrt(whole),
+            MISSE: math.sqrt(whole),
+        },
         "factor_columns": columns / whole,
         "factor_rows": rows / whole,
-        "factor_inputs": torch.tensor(list(own.values())).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
+        "factor_inputs": torch.tensor(list(own.values()))
+        .quantile(torch.tensor([0.25, 0.5, 0.75]))
+        .tolist(),
         "layers": {name: (*square[:2], own[name]) for name, square in zip(layers, squares)},
     }
 
@@ -110,7 +135,15 @@ def kinds(name: str) -> list[list[Any]]:
     rows = []
     for kind, seen in groups.items():
         plain, summed = (sum(part) for part in list(zip(*seen))[:2])
-        rows.append([kind, len(seen), plain / whole, summed / plain, statistics.fmean(of_input for _, _, of_input in seen)])
+        rows.append(
+            [
+                kind,
+                len(seen),
+                plain / whole,
+                summed / plain,
+                statistics.fmean(of_input for _, _, of_input in seen),
+            ]
+        )
     return rows
 
 
@@ -130,21 +163,33 @@ def work(job: Run) -> Run:
         scale = None if method in methods.FORMS else 1.0
         model = adapt(copy.deepcopy(base), method, rank, targets, scale=scale)
         norms[method] = [first_gradient(model, trained(model), batch) for batch in batches]
-    result = {key: [of_batch[key] for of_batch in seen] for key in ("factor_columns", "factor_rows", "factor_inputs")}
-    return result | {"norms": norms, "expected": {name: [one["expected"][name] for one in seen] for name in seen[0]["expected"]}}
+    result = {
+        key: [of_batch[key] for of_batch in seen]
+        for key in ("factor_columns", "factor_rows", "factor_inputs")
+    }
+    return result | {
+        "norms": norms,
+        "expected": {name: [one["expected"][name] for one in seen] for name in seen[0]["expected"]},
+    }
 
 
 def jobs(batches: int) -> list[Run]:
     """The settings of every run."""
-    return [{"model": model, "rank": rank, "batches": batches} for model in MODELS for rank in RANKS]
+    return [
+        {"model": model, "rank": rank, "batches": batches} for model in MODELS for rank in RANKS
+    ]
 
 
 def report(result: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     rows = []
     for run in sorted(result["runs"], key=lambda run: (run["model"], run["rank"])):
-        ratio = Estimate.of([own / lora for own, lora in zip(run["norms"][MISSE], run["norms"][LORA])])
-        expected = Estimate.of([own / lora for own, lora in zip(run["expected"][MISSE], run["expected"][LORA])])
+        ratio = Estimate.of(
+            [own / lora for own, lora in zip(run["norms"][MISSE], run["norms"][LORA])]
+        )
+        expected = Estimate.of(
+            [own / lora for own, lora in zip(run["expected"][MISSE], run["expected"][LORA])]
+        )
         low, middle, high = (sum(part) / len(part) for part in zip(*run["factor_inputs"]))
         rows.append(
             [
@@ -158,14 +203,34 @@ def report(result: Mapping[str, Any]) -> str:
                 f"{middle:.2f} ({low:.2f} to {high:.2f})",
             ]
         )
-    head = ["model", "rank", *METHODS, "MiSSe / LoRA", "expected", "columns", "rows", "inputs, median layer (quartiles)"]
+    head = [
+        "model",
+        "rank",
+        *METHODS,
+        "MiSSe / LoRA",
+        "expected",
+        "columns",
+        "rows",
+        "inputs, median layer (quartiles)",
+    ]
     of_kinds = [
         [model, kind, count, f"{share:.0%}", f"{columns:.2f}", f"{inputs:.2f}"]
         for model, of_model in result["kinds"].items()
         for kind, count, share, columns, inputs in of_model
     ]
-    titles = ["model", "kind of layer", "layers", "of the squared gradient", "columns", "inputs, mean"]
-    return table(head, rows) + f"\n\nBy kind of layer, rank {KINDS_RANK}, one batch:\n\n" + table(titles, of_kinds)
+    titles = [
+        "model",
+        "kind of layer",
+        "layers",
+        "of the squared gradient",
+        "columns",
+        "inputs, mean",
+    ]
+    return (
+        table(head, rows)
+        + f"\n\nBy kind of layer, rank {KINDS_RANK}, one batch:\n\n"
+        + table(titles, of_kinds)
+    )
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,8 +242,23 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
         for method in METHODS:
             plots.band(axis, ranks, [run["norms"][method] for run in runs], method)
         lora = [sum(run["expected"][LORA]) / run["batches"] for run in runs]
-        axis.plot(ranks, lora, color="0.4", linestyle=(0, (1, 1)), linewidth=3, alpha=0.6, label="LoRA, expected")
-        axis.set(title=model, xlabel="rank", ylabel="norm of the first gradient", xscale="log", yscale="log", xticks=ranks)
+        axis.plot(
+            ranks,
+            lora,
+            color="0.4",
+            linestyle=(0, (1, 1)),
+            linewidth=3,
+            alpha=0.6,
+            label="LoRA, expected",
+        )
+        axis.set(
+            title=model,
+            xlabel="rank",
+            ylabel="norm of the first gradient",
+            xscale="log",
+            yscale="log",
+            xticks=ranks,
+        )
         axis.set_xticklabels(ranks)
         axis.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
@@ -189,7 +269,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is left to run, and print the table."""
     args = get_parser(__doc__, seeds=5).parse_args(argv)
     require_extras("gradient_norm", methods.EXTRAS | methods.MINILM | methods.SMOLLM2)
-    wanted = [job for job in jobs(args.seeds) if not args.quick or (job["model"] == MINILM and job["rank"] in (8, 64))]
+    wanted = [
+        job
+        for job in jobs(args.seeds)
+        if not args.quick or (job["model"] == MINILM and job["rank"] in (8, 64))
+    ]
     result = run_all(wanted, work, args.json, args.workers)
     result["kinds"] = {model: kinds(model) for model in ((MINILM,) if args.quick else MODELS)}
     write(args.json, result)

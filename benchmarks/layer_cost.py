@@ -41,7 +41,12 @@ class Shape(NamedTuple):
         return f"{self.in_features} -> {self.out_features} {str(self.dtype).removeprefix('torch.')}"
 
 
-SHAPES = [Shape(1024, 1024), Shape(1024, 4096), Shape(4096, 1024), Shape(1024, 4096, torch.bfloat16)]
+SHAPES = [
+    Shape(1024, 1024),
+    Shape(1024, 4096),
+    Shape(4096, 1024),
+    Shape(1024, 4096, torch.bfloat16),
+]
 SHAPES += [Shape(4096, 11008), Shape(576, 1536), Shape(1000, 1500)]
 QUICK = [Shape(1024, 1024), Shape(1024, 4096, torch.bfloat16), Shape(1000, 1500)]
 
@@ -71,16 +76,33 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
     nn.init.normal_(miss.miss_D, std=0.01)
     a, b = misse_factors(d, shape.in_features, shape.out_features)
 
-    peft_miss = peft.get_peft_model(Holder(twin()), peft.MissConfig(r=RANK, target_modules=["layer"])).base_model.model.layer
+    peft_miss = peft.get_peft_model(
+        Holder(twin()), peft.MissConfig(r=RANK, target_modules=["layer"])
+    ).base_model.model.layer
     peft_miss.miss_block["default"].data = d.T.contiguous().clone()
     lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"])
     peft_lora = peft.get_peft_model(Holder(twin()), lora).base_model.model.layer
-    peft_lora.lora_A["default"].weight.data, peft_lora.lora_B["default"].weight.data = a.clone(), b.clone()
+    peft_lora.lora_A["default"].weight.data, peft_lora.lora_B["default"].weight.data = (
+        a.clone(),
+        b.clone(),
+    )
 
-    loralib_lora = loralib.Linear(shape.in_features, shape.out_features, r=RANK, lora_alpha=RANK, merge_weights=False)
+    loralib_lora = loralib.Linear(
+        shape.in_features, shape.out_features, r=RANK, lora_alpha=RANK, merge_weights=False
+    )
     loralib_lora.weight, loralib_lora.bias = base.weight, base.bias
-    loralib_lora.lora_A.data, loralib_lora.lora_B.data = a.to(shape.dtype), b.to(shape.dtype)  # it does not mix dtypes
-    layers = {BASE: base, OURS: misse, FORM: miss, PEER: peft_miss, LORA: peft_lora, LORALIB: loralib_lora}
+    loralib_lora.lora_A.data, loralib_lora.lora_B.data = (
+        a.to(shape.dtype),
+        b.to(shape.dtype),
+    )  # it does not mix dtypes
+    layers = {
+        BASE: base,
+        OURS: misse,
+        FORM: miss,
+        PEER: peft_miss,
+        LORA: peft_lora,
+        LORALIB: loralib_lora,
+    }
     check(layers, shape)
     return layers
 
@@ -93,9 +115,13 @@ def check(layers: dict[str, nn.Module], shape: Shape) -> None:
         if name != BASE:
             delta = layers[FORM if name == FORM else OURS].delta_weight().detach().double()
             exact = F.linear(x.double(), base.weight.double() + delta, base.bias.double())
-            size = F.linear(x.double().abs(), base.weight.double().abs() + delta.abs(), base.bias.double().abs())
+            size = F.linear(
+                x.double().abs(), base.weight.double().abs() + delta.abs(), base.bias.double().abs()
+            )
             bound = (8 * torch.finfo(shape.dtype).eps + accumulator) * size
-            assert ((layer(x).double() - exact).abs() <= bound).all(), f"{name} computes something else at {shape}"
+            assert ((layer(x).double() - exact).abs() <= bound).all(), (
+                f"{name} computes something else at {shape}"
+            )
 
 
 def tensors(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +152,9 @@ def steps(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[
         for name, layer in layers.items():
             results[name]["saved"] = saved_bytes(layer, x)
             results[name]["peak"] = peak_bytes(runs[name], clear=[x, *layer.parameters()])
-            results[name]["gradients"] = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
+            results[name]["gradients"] = sum(
+                p.nbytes for p in layer.parameters() if p.requires_grad
+            )
         yield {"shape": str(shape), "tokens": t, "results": results}
 
 
@@ -134,9 +162,15 @@ def forwards(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[di
     """Time of a forward without gradients."""
     for shape, t in itertools.product(shapes, tokens):
         x, layers = torch.randn(t, shape.in_features, dtype=shape.dtype), competitors(shape)
-        repeats = max(1, int(1e8 / (t * shape.in_features * shape.out_features)))  # some milliseconds, for small layers too
+        repeats = max(
+            1, int(1e8 / (t * shape.in_features * shape.out_features))
+        )  # some milliseconds, for small layers too
         with torch.no_grad():
-            times = interleaved({name: functools.partial(layer, x) for name, layer in layers.items()}, 3 * rounds, repeats)
+            times = interleaved(
+                {name: functools.partial(layer, x) for name, layer in layers.items()},
+                3 * rounds,
+                repeats,
+            )
         yield {"shape": str(shape), "tokens": t, "results": ratios(times, BASE)}
 
 
@@ -147,25 +181,36 @@ def compiled(shapes: list[Shape], tokens: int, rounds: int) -> Iterator[dict[str
         x, dy = tensors(shape, tokens)
         torch.compiler.reset()
         runs = {name: step(torch.compile(layer), x, dy) for name, layer in layers.items()}
-        yield {"shape": str(shape), "tokens": tokens, "results": ratios(interleaved(runs, rounds), BASE)}
+        yield {
+            "shape": str(shape),
+            "tokens": tokens,
+            "results": ratios(interleaved(runs, rounds), BASE),
+        }
 
 
 def overhead(rows: list[dict], name: str, how: str) -> float:
     """Geometric mean of ``ratio - 1``; one that noise has put below a thousandth counts as that."""
-    return math.exp(statistics.fmean(math.log(max(row["results"][name][how] - 1, 1e-3)) for row in rows))
+    return math.exp(
+        statistics.fmean(math.log(max(row["results"][name][how] - 1, 1e-3)) for row in rows)
+    )
 
 
 def report(kind: str, rows: list[dict], names: list[str]) -> str:
     """A table of the median ratio to the base (in brackets the ratio of the minima), and geometric means of the overheads."""
     lines = []
     for row in rows:
-        cells = [f"{row['results'][name]['median']:.3f} ({row['results'][name]['min']:.3f})" for name in names]
+        cells = [
+            f"{row['results'][name]['median']:.3f} ({row['results'][name]['min']:.3f})"
+            for name in names
+        ]
         lines.append([row["shape"], row["tokens"], f"{row['results'][BASE]['ms']:.2f}", *cells])
     for how in ("median", "min"):
         means = {name: overhead(rows, name, how) for name in names}
         cells = [f"{means[name]:.3f}" for name in names]
         lines.append([f"overhead, geometric mean of {how}s", "", "", *cells])
-        shares = [f"{means[name] / means[PEER]:.2f} / {means[name] / means[LORA]:.2f}" for name in names]
+        shares = [
+            f"{means[name] / means[PEER]:.2f} / {means[name] / means[LORA]:.2f}" for name in names
+        ]
         lines.append([f"share of that of {PEER} / {LORA}", "", "", *shares])
     return f"\n{kind}\n\n" + table(["layer", "tokens", "base, ms", *names], lines)
 
@@ -175,7 +220,10 @@ def report_bytes(rows: list[dict], names: list[str]) -> str:
     lines = []
     for row in rows:
         peak = row["results"][BASE]["peak"]
-        own = [(row["results"][name]["peak"] - row["results"][name]["gradients"]) / peak for name in names]
+        own = [
+            (row["results"][name]["peak"] - row["results"][name]["gradients"]) / peak
+            for name in names
+        ]
         saved = [row["results"][name]["saved"] / 2**20 for name in names]
         cells = [f"{ratio:.2f}, {size:.2f}" for ratio, size in zip(own, saved)]
         lines.append([row["shape"], row["tokens"], f"{peak / 2**20:.2f}", *cells])
@@ -186,11 +234,18 @@ def report_bytes(rows: list[dict], names: list[str]) -> str:
 
 def tables(found: dict, threads: int) -> str:
     """All tables of one number of threads."""
-    names, count = [name for name in found["step"][0]["results"] if name != BASE], f"{threads} thread{'s' * (threads > 1)}"
+    names, count = (
+        [name for name in found["step"][0]["results"] if name != BASE],
+        f"{threads} thread{'s' * (threads > 1)}",
+    )
     parts = [
         report(f"Step over the base's, {count}: median (minimum)", found["step"], names),
         report_bytes(found["step"], names),
-        report(f"Forward without gradients over the base's, {count}: median (minimum)", found["forward"], names),
+        report(
+            f"Forward without gradients over the base's, {count}: median (minimum)",
+            found["forward"],
+            names,
+        ),
     ]
     if found["compiled"]:
         kind = f"Compiled step over the compiled base's, {count}: median (minimum)"
@@ -206,10 +261,28 @@ def overview(result: dict) -> str:
             for kind in ("step", "forward"):
                 for how in ("median", "min"):
                     rows = found[kind]
-                    means = {name: overhead(rows, name, how) for name in rows[0]["results"] if name != BASE}
-                    shares = [f"{means[name] / means[peer]:.2f}" for name in (OURS, FORM) for peer in (PEER, LORA)]
-                    slower = sum(row["results"][OURS][how] > row["results"][PEER][how] for row in rows)
-                    lines.append([key.removeprefix("threads="), kind, how, *shares, f"{slower} of {len(rows)}"])
+                    means = {
+                        name: overhead(rows, name, how)
+                        for name in rows[0]["results"]
+                        if name != BASE
+                    }
+                    shares = [
+                        f"{means[name] / means[peer]:.2f}"
+                        for name in (OURS, FORM)
+                        for peer in (PEER, LORA)
+                    ]
+                    slower = sum(
+                        row["results"][OURS][how] > row["results"][PEER][how] for row in rows
+                    )
+                    lines.append(
+                        [
+                            key.removeprefix("threads="),
+                            kind,
+                            how,
+                            *shares,
+                            f"{slower} of {len(rows)}",
+                        ]
+                    )
     head = [
         "threads",
         "of",
@@ -222,8 +295,14 @@ def overview(result: dict) -> str:
 
 def main() -> None:
     """Measure, print tables, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three layers, two lengths, five rounds, one thread: under a minute")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="three layers, two lengths, five rounds, one thread: under a minute",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="at least 2")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="where to write what was measured")
@@ -245,7 +324,10 @@ def main() -> None:
         }
         result[f"threads={count}"] = found
         print(tables(found, count), flush=True)
-    print("\nOverhead, geometric mean over layers and lengths, as a share of a peer's\n\n" + overview(result))
+    print(
+        "\nOverhead, geometric mean over layers and lengths, as a share of a peer's\n\n"
+        + overview(result)
+    )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

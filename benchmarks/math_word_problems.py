@@ -27,15 +27,46 @@ from torch import Tensor, nn
 
 from common import methods, plots
 from common.costs import costs
-from common.methods import DORA, LORA, MISS, MISSE, PISSA, Output, adapt, equal_rank, fit, targeted, trained
-from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, rate_text, read, run_all, select, write
+from common.methods import (
+    DORA,
+    LORA,
+    MISS,
+    MISSE,
+    PISSA,
+    Output,
+    adapt,
+    equal_rank,
+    fit,
+    targeted,
+    trained,
+)
+from common.runs import (
+    Estimate,
+    Run,
+    best_rate,
+    by_seed,
+    get_parser,
+    holm,
+    paired,
+    rate_text,
+    read,
+    run_all,
+    select,
+    write,
+)
 from measure import require_extras, table
 from model_cost import load_base, smollm2
 
 RANK, RANKS = 64, (8, 16, 32, 64, 128)
 METHODS = (LORA, PISSA, DORA, MISS, MISSE)
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST = {LORA: 1e-3, PISSA: 1e-4, DORA: 1e-3, MISS: 3e-4, MISSE: 3e-4}  # the sweep starts with it and its neighbours
+FIRST = {
+    LORA: 1e-3,
+    PISSA: 1e-4,
+    DORA: 1e-3,
+    MISS: 3e-4,
+    MISSE: 3e-4,
+}  # the sweep starts with it and its neighbours
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -56,8 +87,12 @@ class Task(NamedTuple):
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 TASKS = {
-    "gsm_symbolic": Task(batch=2, steps=30, held_out=24, longest=150, ranks=RANKS, solving=(1,), settings={}),
-    "chain_sum": Task(batch=8, steps=30, held_out=64, longest=8, ranks=(RANK,), solving=(1, 2, 3), settings=SUMS),
+    "gsm_symbolic": Task(
+        batch=2, steps=30, held_out=24, longest=150, ranks=RANKS, solving=(1,), settings={}
+    ),
+    "chain_sum": Task(
+        batch=8, steps=30, held_out=64, longest=8, ranks=(RANK,), solving=(1, 2, 3), settings=SUMS
+    ),
 }
 SWEEP_SEED = 0
 # Seeds of the problems, further apart than any set is long: `reasoning_gym` draws problem i of a set from seed + i.
@@ -82,7 +117,9 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, answers: Tensor) -> Output:
         """Mean cross entropy of the answers' tokens, from tokens, attention mask and ``answers`` (batch, length), a mask too."""
         kept = answers[:, 1:].bool()
-        hidden = self.language_model.model(tokens, attention_mask=mask).last_hidden_state[:, :-1][kept]
+        hidden = self.language_model.model(tokens, attention_mask=mask).last_hidden_state[:, :-1][
+            kept
+        ]
         logits = self.language_model.lm_head(hidden).float()
         return Output(nn.functional.cross_entropy(logits, tokens[:, 1:][kept]), logits)
 
@@ -112,7 +149,9 @@ def problems(task: str, count: int, seed: int) -> list[Problem]:
     for row in reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task].settings):
         worked = row["metadata"].get("answer_cot", f"#### {row['answer']}")
         end = tokenizer().eos_token
-        question, answer = (tokenizer()(text)["input_ids"] for text in (f"{row['question']}\n", f"{worked}{end}"))
+        question, answer = (
+            tokenizer()(text)["input_ids"] for text in (f"{row['question']}\n", f"{worked}{end}")
+        )
         rows.append(Problem(question, answer, float(row["answer"])))
     return rows
 
@@ -158,7 +197,11 @@ def accuracy(model: Model, rows: list[Problem], longest: int) -> float:
     mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
     end = tokenizer().eos_token_id
     decoded = model.language_model.generate(
-        input_ids=tokens, attention_mask=mask, max_new_tokens=longest, do_sample=False, pad_token_id=end
+        input_ids=tokens,
+        attention_mask=mask,
+        max_new_tokens=longest,
+        do_sample=False,
+        pad_token_id=end,
     )
     texts = tokenizer().batch_decode(decoded[:, width:], skip_special_tokens=True)
     return sum(final(text) == answer for text, (_, _, answer) in zip(texts, rows)) / len(rows)
@@ -186,7 +229,9 @@ def work(job: Run) -> Run:
     wrapped = adapt(model, job["method"], job["rank"], TARGETS, steps=steps)
     parts = [collate(rows[start : start + task.batch]) for start in range(0, len(rows), task.batch)]
     start = time.perf_counter()
-    losses = list(fit(wrapped, job["method"], job["rank"], parts, lr=job["lr"], schedule=schedule(steps)))
+    losses = list(
+        fit(wrapped, job["method"], job["rank"], parts, lr=job["lr"], schedule=schedule(steps))
+    )
     result: Run = {
         "trainable": sum(parameter.numel() for parameter in trained(model)),
         "losses": [round(loss, 4) for loss in losses],
@@ -201,11 +246,23 @@ def work(job: Run) -> Run:
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def jobs(task: str, method: str, rank: int | None, rates: Iterable[float], seeds: Iterable[int], *, short: bool) -> list[Run]:
+def jobs(
+    task: str,
+    method: str,
+    rank: int | None,
+    rates: Iterable[float],
+    seeds: Iterable[int],
+    *,
+    short: bool,
+) -> list[Run]:
     """The settings of some runs; ``short`` ones have a tenth of the steps and of the problems held out."""
     part = 10 if short else 1
     size = {"steps": TASKS[task].steps // part, "held_out": TASKS[task].held_out // part}
-    return [{"task": task, "method": method, "rank": rank, "lr": lr, "seed": seed, **size} for seed in seeds for lr in rates]
+    return [
+        {"task": task, "method": method, "rank": rank, "lr": lr, "seed": seed, **size}
+        for seed in seeds
+        for lr in rates
+    ]
 
 
 @functools.cache
@@ -220,7 +277,9 @@ def swept(result: Mapping[str, Any], task: str, method: str, rank: int | None) -
     """The runs of a method at a rank that its learning rate is chosen with."""
     runs = select(result["runs"], task=task, method=method, rank=rank, seed=SWEEP_SEED)
     if len({run["lr"] for run in runs}) < len(runs):
-        raise ValueError(f"two runs of one rate: {runs[0]}; keep runs of other settings in a file of their own")
+        raise ValueError(
+            f"two runs of one rate: {runs[0]}; keep runs of other settings in a file of their own"
+        )
     return runs
 
 
@@ -255,7 +314,9 @@ def final_runs(result: Mapping[str, Any], task: str, size: int) -> dict[str, lis
         at_best = select(result["runs"], **cell, lr=chosen(sweep)) if sweep else []
         of_method[method] = [run for run in at_best if run["seed"] != SWEEP_SEED]
     common = set.intersection(*({run["seed"] for run in runs} for runs in of_method.values()))
-    return {method: [run for run in runs if run["seed"] in common] for method, runs in of_method.items()}
+    return {
+        method: [run for run in runs if run["seed"] in common] for method, runs in of_method.items()
+    }
 
 
 def complete(result: Mapping[str, Any]) -> list[tuple[str, int]]:
@@ -266,7 +327,10 @@ def complete(result: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def held_out_losses(result: Mapping[str, Any], task: str, size: int) -> dict[str, dict[int, float]]:
     """Test loss, by method and seed."""
-    return {method: by_seed(runs, "test_loss") for method, runs in final_runs(result, task, size).items()}
+    return {
+        method: by_seed(runs, "test_loss")
+        for method, runs in final_runs(result, task, size).items()
+    }
 
 
 def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
@@ -292,7 +356,15 @@ def measure(compared: Sequence[str], rounds: int) -> dict[str, Any]:
         return adapt(model, method, ranks(RANK)[method], TARGETS)
 
     builds = {method: functools.partial(build, method) for method in compared}
-    return costs(Model(base()), builds, ranks(RANK), first_batch(), LORA, rounds=rounds, threads=os.cpu_count() or 1)
+    return costs(
+        Model(base()),
+        builds,
+        ranks(RANK),
+        first_batch(),
+        LORA,
+        rounds=rounds,
+        threads=os.cpu_count() or 1,
+    )
 
 
 def beside(theirs: Mapping[int, float], ours: Mapping[int, float]) -> Estimate:
@@ -309,10 +381,32 @@ def report(result: Mapping[str, Any]) -> str:
         for method, runs in final_runs(result, task, size).items():
             rank = runs[0]["rank"]
             rate = rate_text(runs[0]["lr"], swept(result, task, method, rank))
-            cells = [task, size, method, rank, runs[0]["trainable"], rate, Estimate.of(list(loss[method].values())).text(3)]
-            cells += ["", ""] if method == MISSE else [beside(loss[method], loss[MISSE]).text(3), f"{p[method]:.2g}"]
+            cells = [
+                task,
+                size,
+                method,
+                rank,
+                runs[0]["trainable"],
+                rate,
+                Estimate.of(list(loss[method].values())).text(3),
+            ]
+            cells += (
+                ["", ""]
+                if method == MISSE
+                else [beside(loss[method], loss[MISSE]).text(3), f"{p[method]:.2g}"]
+            )
             rows.append([*cells, solved(runs)])
-    head = ["task", "MiSSe's rank", "method", "rank", "trained", "best rate", "test loss", "less MiSSe's", "p"]
+    head = [
+        "task",
+        "MiSSe's rank",
+        "method",
+        "rank",
+        "trained",
+        "best rate",
+        "test loss",
+        "less MiSSe's",
+        "p",
+    ]
     return table([*head, "solved, % (seeds)"], rows)
 
 
@@ -328,24 +422,41 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
             second = result["costs"][method]["step"]["ms"] / 1e3 / result["batch_tokens"]
             for axis, unit in ((by_tokens, tokens), (by_time, tokens * second)):
                 plots.band(axis, [unit * (step + 1) for step in range(len(values))], values, method)
-        for axis, label in ((by_tokens, "training tokens"), (by_time, "estimated time of the steps, s")):
+        for axis, label in (
+            (by_tokens, "training tokens"),
+            (by_time, "estimated time of the steps, s"),
+        ):
             axis.set(title=task, xlabel=label, ylabel="training loss (running mean)", yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS)
+    )
     return {"math_word_problems": figure, "math_word_problems_ranks": by_rank(result)}
 
 
 def by_rank(result: Mapping[str, Any]) -> Any:
     """Means of the test loss on gsm_symbolic against trained parameters, and beside MiSSe's with intervals."""
     figure, (whole, difference) = plots.panels(1, 2, width=4)
-    sizes = [(size, held_out_losses(result, task, size)) for task, size in complete(result) if task == "gsm_symbolic"]
+    sizes = [
+        (size, held_out_losses(result, task, size))
+        for task, size in complete(result)
+        if task == "gsm_symbolic"
+    ]
     for method in result["costs"]:
-        trained_at = [final_runs(result, "gsm_symbolic", size)[method][0]["trainable"] for size, _ in sizes]
-        whole.plot(trained_at, [statistics.fmean(loss[method].values()) for _, loss in sizes], **plots.look(method))
+        trained_at = [
+            final_runs(result, "gsm_symbolic", size)[method][0]["trainable"] for size, _ in sizes
+        ]
+        whole.plot(
+            trained_at,
+            [statistics.fmean(loss[method].values()) for _, loss in sizes],
+            **plots.look(method),
+        )
         means, halves = zip(*(beside(loss[method], loss[MISSE]) for _, loss in sizes))
         difference.errorbar(trained_at, means, halves, **plots.look(method, capsize=2))
     whole.set(xlabel="trained parameters", ylabel="test loss, mean over seeds", xscale="log")
     difference.set(xlabel="trained parameters", ylabel="test loss less MiSSe's", xscale="log")
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    figure.legend(
+        *whole.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS)
+    )
     return figure
 
 
@@ -378,16 +489,22 @@ def run(
 
     def add(wanted: list[Run]) -> None:
         done = run_all(wanted, work, path, workers)
-        result.update(done, runs=result["runs"] + [run for run in done["runs"] if run not in result["runs"]])
+        result.update(
+            done, runs=result["runs"] + [run for run in done["runs"] if run not in result["runs"]]
+        )
 
     placed = [(task, size) for task in TASKS for size in sizes if size in TASKS[task].ranks]
     cells = [(task, method, ranks(size)[method]) for task, size in placed for method in compared]
     while wanted := [
-        job for cell in cells for job in jobs(*cell, untried(swept(result, *cell), cell[1]), [SWEEP_SEED], short=short)
+        job
+        for cell in cells
+        for job in jobs(*cell, untried(swept(result, *cell), cell[1]), [SWEEP_SEED], short=short)
     ]:
         add(wanted)
     best = {cell: chosen(swept(result, *cell)) for cell in cells}
-    final = [job for cell in cells for job in jobs(*cell, [best[cell]], range(1, 1 + seeds), short=short)]
+    final = [
+        job for cell in cells for job in jobs(*cell, [best[cell]], range(1, 1 + seeds), short=short)
+    ]
     add(sorted(final, key=lambda job: job["seed"]))
     return result
 

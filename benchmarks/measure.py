@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
     """Bytes that a forward of ``module`` saves for backward, parameters and buffers of the module left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())
+    }
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -37,9 +39,13 @@ def peak_bytes(step: Callable[[], object], clear: Iterable[Tensor] = ()) -> int:
     """
     for tensor in clear:
         tensor.grad = None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -47,7 +53,9 @@ def peak_bytes(step: Callable[[], object], clear: Iterable[Tensor] = ()) -> int:
     return peak
 
 
-def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1
+) -> dict[str, list[float]]:
     """Seconds per call of each step in each round. A round starts from another step each time, and repeats each on end."""
     names, times = list(steps), {name: [] for name in steps}
     for turn in range(-2, rounds):  # two rounds to warm up
@@ -70,14 +78,27 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, A
         pairs = [mine / other for mine, other in zip(own, times[base])]
         low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
         minimum = min(own) / min(times[base])
-        result[name] = {"min": minimum, "median": median, "quartiles": [low, high], "ms": 1e3 * statistics.median(own)}
+        result[name] = {
+            "min": minimum,
+            "median": median,
+            "quartiles": [low, high],
+            "ms": 1e3 * statistics.median(own),
+        }
     return result
 
 
 def environment() -> dict[str, object]:
     """Where and with what a benchmark ran."""
     names = ("torch", "einops", "peft", "loralib", "transformers", "scipy", "reasoning_gym")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+    ]
     described = subprocess.run(git, capture_output=True, text=True)
     return {
         "commit": described.stdout.strip() or None,
@@ -91,7 +112,10 @@ def environment() -> dict[str, object]:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -102,7 +126,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def require_extras(script: str, extras: Mapping[str, Sequence[str]]) -> None:
     """Exit with the commands to run if a package that only ``script`` needs is missing: by command, what it installs."""
-    missing = {command: [name for name in names if not importlib.util.find_spec(name)] for command, names in extras.items()}
+    missing = {
+        command: [name for name in names if not importlib.util.find_spec(name)]
+        for command, names in extras.items()
+    }
     if any(missing.values()):
         names = ", ".join(name for group in missing.values() for name in group)
-        sys.exit(f"{script} needs {names}; run: {' && '.join(command for command, group in missing.items() if group)}")
+        sys.exit(
+            f"{script} needs {names}; run: {' && '.join(command for command, group in missing.items() if group)}"
+        )

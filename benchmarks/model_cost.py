@@ -47,8 +47,15 @@ def load_base() -> nn.Module:
 
 def equal_ranks(base: nn.Module) -> dict[str, int]:
     """The ranks that give each method as many trainable parameters as MiSSe has at `RANK`, or hardly fewer."""
-    linears = [module for name, module in base.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-    wide, long = sum(module.in_features for module in linears), sum(module.out_features for module in linears)
+    linears = [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+    wide, long = (
+        sum(module.in_features for module in linears),
+        sum(module.out_features for module in linears),
+    )
     return {OURS: RANK, FORM: RANK * long // wide, PEER: RANK, LORA: RANK * long // (wide + long)}
 
 
@@ -60,7 +67,9 @@ def injections(ranks: dict[str, int]) -> dict[str, Callable[[nn.Module], nn.Modu
         return lambda model: peft.get_peft_model(model, config)
 
     every = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    pissa = peft.LoraConfig(r=ranks[LORA], lora_alpha=ranks[LORA], init_lora_weights="pissa", **every)
+    pissa = peft.LoraConfig(
+        r=ranks[LORA], lora_alpha=ranks[LORA], init_lora_weights="pissa", **every
+    )
     return {
         OURS: lambda model: inject(model, "all-linear", rank=ranks[OURS]),
         FORM: lambda model: inject(model, "all-linear", rank=ranks[FORM], method="miss"),
@@ -82,16 +91,22 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
     # Of the logits' size: rounding, grown through all layers. Wrong adapters differ by all of it.
     share = 0.1 if half else 1e-4
     for name, got in first.items():
-        assert (got - first[OURS]).abs().max() <= share * first[OURS].std(), f"{name} does not start where {OURS} does"
+        assert (got - first[OURS]).abs().max() <= share * first[OURS].std(), (
+            f"{name} does not start where {OURS} does"
+        )
     blocks = dict(models[PEER].named_modules())
     for name, layer in adapted_modules(models[OURS]).items():
         nn.init.normal_(layer.miss_D, std=0.02)
         blocks[f"base_model.model.{name}"].miss_block["default"].data.copy_(layer.miss_D.T)
     with_d = logits()
-    assert (with_d[OURS] - first[OURS]).std() > 0.3 * first[OURS].std(), "the random D changes too little to compare by"
+    assert (with_d[OURS] - first[OURS]).std() > 0.3 * first[OURS].std(), (
+        "the random D changes too little to compare by"
+    )
     apart = with_d[OURS] - with_d[PEER]
     # In bf16, where a random D leaves the deepest rounding, by standard deviation: single logits lie further apart.
-    assert (apart.std() if half else apart.abs().max()) <= share * first[OURS].std(), "MiSSe and PEFT's MiSS differ"
+    assert (apart.std() if half else apart.abs().max()) <= share * first[OURS].std(), (
+        "MiSSe and PEFT's MiSS differ"
+    )
     for name, layer in adapted_modules(models[OURS]).items():
         layer.reset_adapter()
         nn.init.zeros_(blocks[f"base_model.model.{name}"].miss_block["default"])
@@ -110,12 +125,16 @@ def trainer(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     return run
 
 
-def training(base: nn.Module, dtype: torch.dtype, rounds: int, batch: int = BATCH) -> dict[str, object]:
+def training(
+    base: nn.Module, dtype: torch.dtype, rounds: int, batch: int = BATCH
+) -> dict[str, object]:
     """Step time over that of MiSSe, tokens per second, and transient peak."""
     ranks = equal_ranks(base)
     ways = injections(ranks)
     models = {name: ways[name](copy.deepcopy(base).to(dtype)) for name in (OURS, FORM, PEER, LORA)}
-    tokens = torch.randint(base.config.vocab_size, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        base.config.vocab_size, (batch, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     check(models, tokens)
     runs = {name: trainer(model, tokens) for name, model in models.items()}
     results = ratios(interleaved(runs, rounds), OURS)
@@ -147,7 +166,8 @@ def starting(base: nn.Module, rounds: int) -> dict[str, list[float]]:
 def merging(dtype: torch.dtype, rounds: int, size: int = 4096) -> dict[str, dict[str, float]]:
     """Milliseconds of merge and unmerge of one square layer, of what they cannot do without, and of ``weight.add_(other)``."""
     return {
-        form.__name__: merging_one(form(size, size, RANK, bias=False, dtype=dtype), rounds) for form in (MiSSeLinear, MiSSLinear)
+        form.__name__: merging_one(form(size, size, RANK, bias=False, dtype=dtype), rounds)
+        for form in (MiSSeLinear, MiSSLinear)
     }
 
 
@@ -184,10 +204,28 @@ def report(result: dict) -> str:
         for name, own in row["results"].items():
             low, high = own["quartiles"]
             speed = f"{1 / own['median']:.3f} ({1 / high:.3f} to {1 / low:.3f})"
-            lines.append([name, own["rank"], own["trainable"], f"{own['tokens/s']:.0f}", speed, f"{own['peak'] / 2**20:.0f}"])
-        head = ["adapter", "rank", "trainable", "tokens/s", f"speed over {OURS}'s: median, quartiles", "peak of a step, MiB"]
+            lines.append(
+                [
+                    name,
+                    own["rank"],
+                    own["trainable"],
+                    f"{own['tokens/s']:.0f}",
+                    speed,
+                    f"{own['peak'] / 2**20:.0f}",
+                ]
+            )
+        head = [
+            "adapter",
+            "rank",
+            "trainable",
+            "tokens/s",
+            f"speed over {OURS}'s: median, quartiles",
+            "peak of a step, MiB",
+        ]
         parts.append(f"Training step, {row['dtype']}\n\n" + table(head, lines))
-    lines = [[name, f"{1e3 * statistics.median(own):.1f}"] for name, own in result["starting"].items()]
+    lines = [
+        [name, f"{1e3 * statistics.median(own):.1f}"] for name, own in result["starting"].items()
+    ]
     parts.append("Putting the adapters in\n\n" + table(["adapter", "ms"], lines))
     lines = [
         [dtype, form, *(f"{value:.1f}" for value in own.values())]
@@ -201,8 +239,14 @@ def report(result: dict) -> str:
 
 def main() -> None:
     """Measure, print tables, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two rounds, one sequence a batch, fp32 alone: about a minute")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two rounds, one sequence a batch, fp32 alone: about a minute",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write what was measured")

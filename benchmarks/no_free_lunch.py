@@ -18,13 +18,34 @@ from torch import Tensor, nn
 from common import methods, plots
 from common.costs import costs
 from common.methods import ADALORA, DORA, FULL, LORA, MISS, MISSE, PISSA, VERA, Output, adapt, fit
-from common.runs import Estimate, Run, best_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
+from common.runs import (
+    Estimate,
+    Run,
+    best_rate,
+    by_seed,
+    get_parser,
+    holm,
+    paired,
+    rate_text,
+    run_all,
+    select,
+    write,
+)
 from measure import require_extras, table
 
 WIDTH, TRAIN, HELD_OUT, NOISE = 64, 50, 100, 0.05
 BASE_EPOCHS, EPOCHS, EVERY, GIVEN = 250, 100, 10, 1e-3
 FIRST_SEED, SEEDS = 43, 10
-RANKS: dict[str, int | None] = {FULL: None, LORA: 2, PISSA: 2, DORA: 1, VERA: 64, ADALORA: 2, MISS: 4, MISSE: 4}
+RANKS: dict[str, int | None] = {
+    FULL: None,
+    LORA: 2,
+    PISSA: 2,
+    DORA: 1,
+    VERA: 64,
+    ADALORA: 2,
+    MISS: 4,
+    MISSE: 4,
+}
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TARGETS = ("hidden.0", "hidden.2")
 
@@ -35,7 +56,9 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(1, WIDTH)
-        self.hidden = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
+        self.hidden = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()
+        )
         self.last = nn.Linear(WIDTH, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Output:
@@ -59,11 +82,19 @@ def material(seed: int, epochs: int) -> tuple[nn.Module, dict[str, tuple[Tensor,
     """The trained base network of a seed; the points to adapt to: noisy ones to train on, clean ones to choose and report by."""
     torch.manual_seed(seed)
     points = {
-        name: torch.rand(count, 1) * 2 - 1 for name, count in (("train", TRAIN), ("validation", HELD_OUT), ("test", HELD_OUT))
+        name: torch.rand(count, 1) * 2 - 1
+        for name, count in (("train", TRAIN), ("validation", HELD_OUT), ("test", HELD_OUT))
     }
     base = Network()
     x = points["train"]
-    for _ in fit(base, FULL, None, [(x, old(x) + NOISE * torch.randn_like(x))] * epochs, lr=GIVEN, schedule=lambda step: 1.0):
+    for _ in fit(
+        base,
+        FULL,
+        None,
+        [(x, old(x) + NOISE * torch.randn_like(x))] * epochs,
+        lr=GIVEN,
+        schedule=lambda step: 1.0,
+    ):
         pass
     data = {name: (x, new(x)) for name, x in points.items()}
     data["train"] = (x, new(x) + NOISE * torch.randn_like(x))
@@ -83,12 +114,17 @@ def work(job: Run) -> Run:
     model = adapt(copy.deepcopy(base), job["method"], job["rank"], TARGETS, steps=job["epochs"])
     curves: dict[str, list[float]] = {name: [loss(model, points)] for name, points in data.items()}
     batches = [data["train"]] * job["epochs"]
-    for epoch, _ in enumerate(fit(model, job["method"], job["rank"], batches, lr=job["lr"], schedule=lambda step: 1.0), 1):
+    for epoch, _ in enumerate(
+        fit(model, job["method"], job["rank"], batches, lr=job["lr"], schedule=lambda step: 1.0), 1
+    ):
         if epoch % EVERY == 0:
             for name, points in data.items():
                 curves[name].append(loss(model, points))
     best = min(range(len(curves["validation"])), key=lambda place: curves["validation"][place])
-    kept = {f"{name}_curve": [float(f"{value:.4g}") for value in curves[name]] for name in ("train", "validation")}
+    kept = {
+        f"{name}_curve": [float(f"{value:.4g}") for value in curves[name]]
+        for name in ("train", "validation")
+    }
     return kept | {"validation_min": curves["validation"][best], "test": curves["test"][best]}
 
 
@@ -116,13 +152,17 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def best_rates(result: Mapping[str, Any]) -> dict[str, float]:
     """The learning rate of each method with the least validation loss."""
-    return {method: best_rate(select(result["runs"], method=method), "validation_min", largest=False) for method in RANKS}
+    return {
+        method: best_rate(select(result["runs"], method=method), "validation_min", largest=False)
+        for method in RANKS
+    }
 
 
 def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     """Test loss at the best learning rate, by method and seed."""
     return {
-        method: by_seed(select(result["runs"], method=method, lr=rate), "test") for method, rate in best_rates(result).items()
+        method: by_seed(select(result["runs"], method=method, lr=rate), "test")
+        for method, rate in best_rates(result).items()
     }
 
 
@@ -149,7 +189,15 @@ def report(result: Mapping[str, Any]) -> str:
                 f"{p[method]:.2g}" if method in p else "",
             ]
         )
-    head = ["method", "rank", "trained", "start, ms", "step, ms", "train loss at rate 1e-3", "least validation loss there"]
+    head = [
+        "method",
+        "rank",
+        "trained",
+        "start, ms",
+        "step, ms",
+        "train loss at rate 1e-3",
+        "least validation loss there",
+    ]
     return table([*head, "best rate", "test loss, best rate", "p against MiSSe"], rows)
 
 
@@ -164,10 +212,16 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
             axis.set(xlabel="epochs", ylabel=f"{name} loss (MSE)", yscale="log")
         price = result["costs"][method]
         start.plot(price["trainable"], price["start_ms"], **plots.look(method, linestyle=""))
-        low, high = (price["step"]["ms"] / price["step"]["median"] * bound for bound in price["step"]["quartiles"])
+        low, high = (
+            price["step"]["ms"] / price["step"]["median"] * bound
+            for bound in price["step"]["quartiles"]
+        )
         middle = price["step"]["ms"]
         step.errorbar(
-            price["trainable"], middle, [[max(0, middle - low)], [max(0, high - middle)]], **plots.look(method, linestyle="")
+            price["trainable"],
+            middle,
+            [[max(0, middle - low)], [max(0, high - middle)]],
+            **plots.look(method, linestyle=""),
         )
     for axis, label in ((start, "initialisation, ms"), (step, "training step, ms")):
         axis.set(xlabel="trained parameters", ylabel=label, xscale="log", ylim=(0, None))

@@ -42,7 +42,10 @@ def front(points: Mapping[str, tuple[float, float, float]]) -> set[str]:
     """The names of the points that no other point dominates; less is better in each coordinate."""
 
     def dominated(name: str) -> bool:
-        return any(other != points[name] and all(a <= b for a, b in zip(other, points[name])) for other in points.values())
+        return any(
+            other != points[name] and all(a <= b for a, b in zip(other, points[name]))
+            for other in points.values()
+        )
 
     return {name for name in points if not dominated(name)}
 
@@ -54,14 +57,23 @@ def certainty(experiment: Experiment, result: Mapping[str, Any]) -> dict[str, fl
     counts = dict.fromkeys(qualities, 0)
     seeds = sorted(set.intersection(*(set(values) for values in qualities.values())))
     for _ in range(RESAMPLINGS):
-        drawn = rng.choices(seeds, k=len(seeds))  # the same for all methods, as the seeds are paired
-        means = {name: statistics.fmean(values[seed] for seed in drawn) for name, values in qualities.items()}
-        for name in front({name: point(experiment, mean, costs[name]) for name, mean in means.items()}):
+        drawn = rng.choices(
+            seeds, k=len(seeds)
+        )  # the same for all methods, as the seeds are paired
+        means = {
+            name: statistics.fmean(values[seed] for seed in drawn)
+            for name, values in qualities.items()
+        }
+        for name in front(
+            {name: point(experiment, mean, costs[name]) for name, mean in means.items()}
+        ):
             counts[name] += 1
     return {name: count / RESAMPLINGS for name, count in counts.items()}
 
 
-def point(experiment: Experiment, quality: float, cost: Mapping[str, Any]) -> tuple[float, float, float]:
+def point(
+    experiment: Experiment, quality: float, cost: Mapping[str, Any]
+) -> tuple[float, float, float]:
     """Quality, time and memory, turned so that less is better."""
     return -experiment.sign * quality, cost["step"]["ms"], cost["memory"]
 
@@ -73,7 +85,10 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
         result = results[name]
         shares, qualities = certainty(experiment, result), experiment.script.quality(result)
         rows = []
-        for method, values in sorted(qualities.items(), key=lambda item: -experiment.sign * statistics.fmean(item[1].values())):
+        for method, values in sorted(
+            qualities.items(),
+            key=lambda item: -experiment.sign * statistics.fmean(item[1].values()),
+        ):
             cost = result["costs"][method]
             low, high = cost["step"]["quartiles"]
             time = f"{cost['step']['median']:.2f} ({low:.2f} to {high:.2f})"
@@ -84,8 +99,23 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
                 time,
                 f"{cost['step']['ms']:.4g}",
             ]
-            rows.append([*cells, f"{cost['memory'] / 2**20:.3g}", f"{cost['start_ms']:.3g}", f"{100 * shares[method]:.0f} %"])
-        head = ["method", "trained", experiment.label, "step / LoRA's (quartiles)", "step, ms", "memory, MiB", "start, ms"]
+            rows.append(
+                [
+                    *cells,
+                    f"{cost['memory'] / 2**20:.3g}",
+                    f"{cost['start_ms']:.3g}",
+                    f"{100 * shares[method]:.0f} %",
+                ]
+            )
+        head = [
+            "method",
+            "trained",
+            experiment.label,
+            "step / LoRA's (quartiles)",
+            "step, ms",
+            "memory, MiB",
+            "start, ms",
+        ]
         parts.append(f"`{name}`:\n\n" + table([*head, "on the front"], rows))
     return "\n\n".join(parts)
 
@@ -98,14 +128,21 @@ def figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for method, values in experiment.script.quality(result).items():
             mean, half = Estimate.of(list(values.values()))
             cost = result["costs"][method]
-            for axis, x in ((axes[column], cost["step"]["ms"]), (axes[column + len(EXPERIMENTS)], cost["memory"] / 2**20)):
+            for axis, x in (
+                (axes[column], cost["step"]["ms"]),
+                (axes[column + len(EXPERIMENTS)], cost["memory"] / 2**20),
+            ):
                 axis.errorbar(x, mean, half, **plots.look(method, linestyle="", capsize=2))
         axes[column].set(title=name, xlabel="training step, ms", ylabel=experiment.label)
-        axes[column + len(EXPERIMENTS)].set(xlabel="memory of training, MiB", ylabel=experiment.label)
+        axes[column + len(EXPERIMENTS)].set(
+            xlabel="memory of training, MiB", ylabel=experiment.label
+        )
         if experiment.sign < 0:
             axes[column].invert_yaxis()
             axes[column + len(EXPERIMENTS)].invert_yaxis()
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    handles = {
+        label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     return {"pareto": figure}
 

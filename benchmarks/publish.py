@@ -30,7 +30,9 @@ SCRIPTS: dict[str, Any] = {
 
 def sources(name: str) -> list[Path]:
     """The result files that a script's tables and figures show."""
-    return [RESULTS / f"{each}.json" for each in (pareto.EXPERIMENTS if name == "pareto" else [name])]
+    return [
+        RESULTS / f"{each}.json" for each in (pareto.EXPERIMENTS if name == "pareto" else [name])
+    ]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -40,7 +42,12 @@ def load(name: str) -> dict[str, Any]:
 
 def filled(page: str, name: str, text: str) -> str:
     """The page with the table of one script replaced."""
-    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{text}\n{found[2]}", page, flags=re.DOTALL)
+    return re.sub(
+        rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{text}\n{found[2]}",
+        page,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> None:

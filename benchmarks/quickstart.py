@@ -68,16 +68,24 @@ def folder(package: str) -> Path:
 
 def load_splits(limit: int | None) -> tuple[Split, Split, Split]:
     """The words of the lexicon (no emoticons), shuffled, as train, validation (8 %) and test (20 %) splits."""
-    lines = (folder("vaderSentiment") / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (folder("vaderSentiment") / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    )
     rows = [line.split("\t") for line in lines]
     # A dict drops the few words that are listed twice.
-    rated = {row[0].lower(): float(row[1]) for row in rows if re.fullmatch(r"[a-z][a-z' -]*", row[0].lower())}
+    rated = {
+        row[0].lower(): float(row[1])
+        for row in rows
+        if re.fullmatch(r"[a-z][a-z' -]*", row[0].lower())
+    }
     pairs = sorted(rated.items())
     random.Random(SPLIT_SEED).shuffle(pairs)
     pairs = pairs[:limit]
     test, validation = len(pairs) // 5, len(pairs) * 8 // 100
     parts = pairs[test + validation :], pairs[test : test + validation], pairs[:test]
-    train, val, held_out = (Split([w for w, _ in part], torch.tensor([r for _, r in part])) for part in parts)
+    train, val, held_out = (
+        Split([w for w, _ in part], torch.tensor([r for _, r in part])) for part in parts
+    )
     return train, val, held_out
 
 
@@ -89,7 +97,9 @@ def load_encoder() -> tuple[nn.Module, Any]:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would warn of the unused pooler
     transformers.logging.disable_progress_bar()
-    encoder = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, local_files_only=True).float()
+    encoder = transformers.AutoModel.from_pretrained(
+        path, add_pooling_layer=False, local_files_only=True
+    ).float()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     transformers.logging.set_verbosity(verbosity)
     return encoder, tokenizer
@@ -115,10 +125,15 @@ def evaluate(model: Rater, split: Split) -> float:
 def frozen_baseline(model: Rater, train: Split, val: Split, test: Split) -> float:
     """Test r of the best linear head on the frozen encoder: ridge regression, its strength chosen on validation."""
     model.eval()
-    x, x_val, x_test = (in_batches(model.embed, split.words).double() for split in (train, val, test))
+    x, x_val, x_test = (
+        in_batches(model.embed, split.words).double() for split in (train, val, test)
+    )
     center, y = x.mean(0), train.ratings.double()
     x = x - center
-    heads = [torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ (y - y.mean())) for ridge in RIDGES]
+    heads = [
+        torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ (y - y.mean()))
+        for ridge in RIDGES
+    ]
     best = max(heads, key=lambda head: pearson((x_val - center) @ head, val.ratings))
     return pearson((x_test - center) @ best, test.ratings)
 
@@ -126,7 +141,13 @@ def frozen_baseline(model: Rater, train: Split, val: Split, test: Split) -> floa
 def build(encoder: nn.Module, tokenizer: Any, *, rank: int, method: str, seed: int) -> Rater:
     """A fresh adapted copy of the encoder under a new head; only adapters and head are trainable."""
     torch.manual_seed(seed)
-    return inject(Rater(copy.deepcopy(encoder), tokenizer), TARGETS, rank=rank, method=method, trainable="head")
+    return inject(
+        Rater(copy.deepcopy(encoder), tokenizer),
+        TARGETS,
+        rank=rank,
+        method=method,
+        trainable="head",
+    )
 
 
 def fit(model: Rater, train: Split, *, lr: float, epochs: int) -> Iterator[int]:
@@ -140,7 +161,9 @@ def fit(model: Rater, train: Split, *, lr: float, epochs: int) -> Iterator[int]:
         for epoch in range(1, epochs + 1):
             model.train()
             for rows in torch.randperm(len(train.words)).split(BATCH):
-                loss = nn.functional.mse_loss(model([train.words[i] for i in rows]), train.ratings[rows])
+                loss = nn.functional.mse_loss(
+                    model([train.words[i] for i in rows]), train.ratings[rows]
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -151,7 +174,9 @@ def fit(model: Rater, train: Split, *, lr: float, epochs: int) -> Iterator[int]:
             yield epoch
 
 
-def search(encoder: nn.Module, tokenizer: Any, train: Split, val: Split, settings: dict[str, Any]) -> float:
+def search(
+    encoder: nn.Module, tokenizer: Any, train: Split, val: Split, settings: dict[str, Any]
+) -> float:
     """The learning rate whose short run scores best on the validation split."""
     scores = {}
     for lr in LEARNING_RATES:
@@ -178,13 +203,34 @@ def positive(kind: type) -> Any:
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=16, help="rows or columns of each adapter (default: 16)")
-    parser.add_argument("--method", choices=("misse", "miss"), default="misse", help="form of MiSS (default: misse)")
-    parser.add_argument("--lr", type=positive(float), help="learning rate (default: the best of a few on validation)")
-    parser.add_argument("--epochs", type=positive(int), default=2, help="passes over the train split (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of head, dropout and order; the split is fixed (default: 0)")
-    parser.add_argument("--words", type=int, help="use only the first N words of the shuffled lexicon (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rank", type=int, default=16, help="rows or columns of each adapter (default: 16)"
+    )
+    parser.add_argument(
+        "--method", choices=("misse", "miss"), default="misse", help="form of MiSS (default: misse)"
+    )
+    parser.add_argument(
+        "--lr",
+        type=positive(float),
+        help="learning rate (default: the best of a few on validation)",
+    )
+    parser.add_argument(
+        "--epochs", type=positive(int), default=2, help="passes over the train split (default: 2)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of head, dropout and order; the split is fixed (default: 0)",
+    )
+    parser.add_argument(
+        "--words",
+        type=int,
+        help="use only the first N words of the shuffled lexicon (default: all)",
+    )
     return parser
 
 
@@ -193,7 +239,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.words is not None and args.words < 100:
-        parser.error(f"argument --words: at least 100 are needed for the three splits, not {args.words}")
+        parser.error(
+            f"argument --words: at least 100 are needed for the three splits, not {args.words}"
+        )
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: must be from 0 to 2**63 - 1, not {args.seed}")
     require_extras("quickstart", EXTRAS)
@@ -209,7 +257,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error("; ".join(" ".join(line.split()) for line in str(error).splitlines()))
     print(summary(model))
     train, val, test = load_splits(args.words)
-    print(f"words: {len(train.words)} train, {len(val.words)} validation, {len(test.words)} test", flush=True)
+    print(
+        f"words: {len(train.words)} train, {len(val.words)} validation, {len(test.words)} test",
+        flush=True,
+    )
 
     frozen = frozen_baseline(Rater(encoder, tokenizer), train, val, test)
     lr = args.lr or search(encoder, tokenizer, train, val, settings)
@@ -217,9 +268,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     adapted = math.nan
     for epoch in fit(model, train, lr=lr, epochs=args.epochs):
         adapted = evaluate(model, test)
-        print(f"epoch {epoch}: test r  frozen encoder {frozen:.3f}  {args.method} {adapted:.3f}", flush=True)
-    print(f"\nheld-out Pearson r: frozen encoder {frozen:.3f} | {args.method} rank {args.rank} {adapted:.3f}")
-    print(f"learning rate {lr:g}, {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads")
+        print(
+            f"epoch {epoch}: test r  frozen encoder {frozen:.3f}  {args.method} {adapted:.3f}",
+            flush=True,
+        )
+    print(
+        f"\nheld-out Pearson r: frozen encoder {frozen:.3f} | {args.method} rank {args.rank} {adapted:.3f}"
+    )
+    print(
+        f"learning rate {lr:g}, {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads"
+    )
     return {"frozen": frozen, "adapted": adapted, "lr": lr}
 
 

@@ -39,7 +39,20 @@ from common.methods import (
     adapt,
     equal_rank,
 )
-from common.runs import Estimate, Run, best_rate, by_rate, by_seed, get_parser, holm, paired, rate_text, run_all, select, write
+from common.runs import (
+    Estimate,
+    Run,
+    best_rate,
+    by_rate,
+    by_seed,
+    get_parser,
+    holm,
+    paired,
+    rate_text,
+    run_all,
+    select,
+    write,
+)
 from measure import require_extras, table
 from quickstart import BATCH, TARGETS, Rater, Split, load_encoder, load_splits, pearson
 
@@ -87,7 +100,9 @@ def material(words: int | None) -> tuple[tuple[nn.Module, Any], tuple[Split, Spl
     return load_encoder(), load_splits(words)
 
 
-def batches(split: Split, lengths: list[int], epochs: int, seed: int) -> Iterator[tuple[list[str], Tensor]]:
+def batches(
+    split: Split, lengths: list[int], epochs: int, seed: int
+) -> Iterator[tuple[list[str], Tensor]]:
     """Batches of words of similar length, in random order."""
     rng = random.Random(seed)
     for _ in range(epochs):
@@ -104,7 +119,12 @@ def score(model: nn.Module, split: Split) -> tuple[float, float]:
     model.eval()
     rows = sorted(range(len(split.words)), key=lambda row: len(split.words[row]))
     parts = [rows[i : i + 4 * BATCH] for i in range(0, len(rows), 4 * BATCH)]
-    predictions = torch.cat([model([split.words[row] for row in part], split.ratings[part]).predictions for part in parts])
+    predictions = torch.cat(
+        [
+            model([split.words[row] for row in part], split.ratings[part]).predictions
+            for part in parts
+        ]
+    )
     ratings = split.ratings[rows]
     return pearson(predictions, ratings), nn.functional.mse_loss(predictions, ratings).item()
 
@@ -122,7 +142,9 @@ def work(job: Run) -> Run:
     trainable = sum(parameter.numel() for parameter in methods.trained(model))
     data = batches(train, lengths, job["epochs"], job["seed"])
     head = (model.get_submodule("head"), job["head_lr"]) if job["head_lr"] else None
-    for _ in methods.fit(model, method, rank, data, lr=job["lr"], schedule=lambda step: 1 - step / steps, head=head):
+    for _ in methods.fit(
+        model, method, rank, data, lr=job["lr"], schedule=lambda step: 1 - step / steps, head=head
+    ):
         pass
     result: Run = {"trainable": trainable}
     for name, split in (("validation", validation), ("test", test)):
@@ -136,10 +158,25 @@ def jobs(seeds: int, study_seeds: int, words: int | None, epochs: int) -> list[R
     linears = methods.targeted(encoder, TARGETS).values()
     budget = sum(RANK * linear.out_features for linear in linears)
     size = {"words": words, "epochs": epochs}
-    comparison = [(method, equal_rank(method, budget, linears), PAPER, None, rates) for method, rates in RATES.items()]
-    study = [(method, rank, scale, head, rates) for method, scale, head, ranks, rates in STUDY for rank in ranks]
+    comparison = [
+        (method, equal_rank(method, budget, linears), PAPER, None, rates)
+        for method, rates in RATES.items()
+    ]
+    study = [
+        (method, rank, scale, head, rates)
+        for method, scale, head, ranks, rates in STUDY
+        for rank in ranks
+    ]
     wanted = [
-        {"method": method, "rank": rank, "scale": scale, "head_lr": head, "lr": lr, "seed": seed, **size}
+        {
+            "method": method,
+            "rank": rank,
+            "scale": scale,
+            "head_lr": head,
+            "lr": lr,
+            "seed": seed,
+            **size,
+        }
         for seed in range(seeds)
         for method, rank, scale, head, rates in comparison + (study if seed < study_seeds else [])
         for lr in rates
@@ -184,14 +221,31 @@ def report(result: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     runs = result["runs"]
     scores = quality(result)
-    p = holm({method: paired(scores[MISSE], values) for method, values in scores.items() if method != MISSE})
+    p = holm(
+        {
+            method: paired(scores[MISSE], values)
+            for method, values in scores.items()
+            if method != MISSE
+        }
+    )
     rows = []
     for method, mine in comparison(result).items():
         rate, errors = at_best(mine, "test_mse")
         cells = [method, mine[0]["rank"] or "-", mine[0]["trainable"], rate_text(rate, mine)]
-        cells += [Estimate.of(list(scores[method].values())).text(4), Estimate.of(list(errors.values())).text(3)]
+        cells += [
+            Estimate.of(list(scores[method].values())).text(4),
+            Estimate.of(list(errors.values())).text(3),
+        ]
         rows.append([*cells, f"{p[method]:.2g}" if method in p else ""])
-    head = ["method", "rank", "trained", "best rate", "test r", "test mean squared error", "p against MiSSe"]
+    head = [
+        "method",
+        "rank",
+        "trained",
+        "best rate",
+        "test r",
+        "test mean squared error",
+        "p against MiSSe",
+    ]
     return table(head, rows) + "\n\n" + report_study(runs)
 
 
@@ -200,14 +254,25 @@ def report_study(runs: list[Run]) -> str:
     rows = []
     for method, scale, head, ranks, rates in STUDY:
         cells_of = {
-            rank: by_rate(select(runs, method=method, scale=scale, head_lr=head, rank=rank), "validation_r") for rank in ranks
+            rank: by_rate(
+                select(runs, method=method, scale=scale, head_lr=head, rank=rank), "validation_r"
+            )
+            for rank in ranks
         }
-        means = {rank: {rate: statistics.fmean(of_rate) for rate, of_rate in cells.items()} for rank, cells in cells_of.items()}
+        means = {
+            rank: {rate: statistics.fmean(of_rate) for rate, of_rate in cells.items()}
+            for rank, cells in cells_of.items()
+        }
         shared = [rate for rate in rates if all(rate in of_rank for of_rank in means.values())]
-        lost = {rate: max(max(of_rank.values()) - of_rank[rate] for of_rank in means.values()) for rate in shared}
+        lost = {
+            rate: max(max(of_rank.values()) - of_rank[rate] for of_rank in means.values())
+            for rate in shared
+        }
         common = min(lost, key=lambda rate: lost[rate])
         for rank in ranks:
-            rate, values = at_best(runs, "test_r", method=method, scale=scale, head_lr=head, rank=rank)
+            rate, values = at_best(
+                runs, "test_r", method=method, scale=scale, head_lr=head, rank=rank
+            )
             cells = [
                 method,
                 scale or "own",
@@ -216,8 +281,19 @@ def report_study(runs: list[Run]) -> str:
                 rate_text(rate, select(runs, method=method, scale=scale, head_lr=head, rank=rank)),
                 Estimate.of(list(values.values())).text(4),
             ]
-            rows.append([*cells, f"{common:g}", f"{max(means[rank].values()) - means[rank][common]:.4f}"])
-    titles = ["method", "scale", "head's rate", "rank", "best rate", "test r", "best common rate", "validation r lost there"]
+            rows.append(
+                [*cells, f"{common:g}", f"{max(means[rank].values()) - means[rank][common]:.4f}"]
+            )
+    titles = [
+        "method",
+        "scale",
+        "head's rate",
+        "rank",
+        "best rate",
+        "test r",
+        "best common rate",
+        "validation r lost there",
+    ]
     return table(titles, rows)
 
 
@@ -232,9 +308,18 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     for axis, (method, scale, head, ranks, _) in zip(axes, STUDY):
         for place, rank in enumerate(ranks):
             mine = select(result["runs"], method=method, scale=scale, head_lr=head, rank=rank)
-            sensitivity(axis, mine, method, label=f"rank {rank}", alpha=(1.0, 0.7, 0.4)[place], marker="os^"[place])
+            sensitivity(
+                axis,
+                mine,
+                method,
+                label=f"rank {rank}",
+                alpha=(1.0, 0.7, 0.4)[place],
+                marker="os^"[place],
+            )
         kind = f"scale {scale or 'own'}" + (f", head at {head:g}" if head else "")
-        axis.set(title=f"{method}\n{kind}", xlabel="learning rate", ylabel="Pearson r", xscale="log")
+        axis.set(
+            title=f"{method}\n{kind}", xlabel="learning rate", ylabel="Pearson r", xscale="log"
+        )
         axis.legend(loc="lower right")
     for axis in axes[len(STUDY) :]:
         axis.remove()
@@ -243,7 +328,11 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def sensitivity(axis: Any, runs: list[Run], method: str, **others: Any) -> None:
     """Test r against the learning rate, up to the rate at which training fails (a mean of r below 0.7)."""
-    rates = {rate: values for rate, values in by_rate(runs, "test_r").items() if statistics.fmean(values) > 0.7}
+    rates = {
+        rate: values
+        for rate, values in by_rate(runs, "test_r").items()
+        if statistics.fmean(values) > 0.7
+    }
     plots.band(axis, list(rates), list(rates.values()), method, **others)
     axis.set_ylim(0.72, 0.9)
 
@@ -253,7 +342,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = get_parser(__doc__, seeds=5).parse_args(argv)
     require_extras("word_valence", methods.EXTRAS | methods.MINILM)
     words, seeds, rounds = (300, 2, 2) if args.quick else (None, args.seeds, 40)
-    result = run_all(jobs(seeds, min(seeds, STUDY_SEEDS), words, EPOCHS), work, args.json, args.workers)
+    result = run_all(
+        jobs(seeds, min(seeds, STUDY_SEEDS), words, EPOCHS), work, args.json, args.workers
+    )
     result["costs"] = measure(rounds, words)
     write(args.json, result)
     print(report(result))

@@ -29,20 +29,31 @@ napoleon_use_rtype = False
 nitpick_ignore_regex = [  # names of torch, Python and others, which have no page here, and type variables
     ("py:.*", r"(nn|torch|typing|os|re|collections|peft)\..*"),
     ("py:.*", r"(miss\..*\.)?(Model|Self)"),
-    ("py:.*", r"Any|Callable|Iterable|Iterator|Linear|Mapping|Module|NamedTuple|Parameter|PathLike|Tensor|state_dict|str"),
+    (
+        "py:.*",
+        r"Any|Callable|Iterable|Iterator|Linear|Mapping|Module|NamedTuple|Parameter|PathLike|Tensor|state_dict|str",
+    ),
 ]
 
 # HTML. MathJax is one file, served from the site itself. Its menu offers speech, for which it would load more.
 html_theme = "furo"
 html_title = f"miss {release}"
 html_copy_source = html_show_copyright = html_show_sourcelink = False
-mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax" / "tex-svg.js"
+mathjax = (
+    Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+    / "static"
+    / "mathjax"
+    / "tex-svg.js"
+)
 html_static_path = ["static", str(mathjax)]
 html_css_files = ["site.css"]
 mathjax_path = mathjax.name
 mathjax3_config = {"options": {"enableMenu": False}}
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#a83f00", "color-brand-content": "#a83f00"},  # the figures' colour of MiSSe
+    "light_css_variables": {
+        "color-brand-primary": "#a83f00",
+        "color-brand-content": "#a83f00",
+    },  # the figures' colour of MiSSe
     "dark_css_variables": {"color-brand-primary": "#f08a4b", "color-brand-content": "#f08a4b"},
 }
 
@@ -51,7 +62,9 @@ def public_name(app, env, node, contnode):
     """A name in a docstring, as `inject` or `forward`, that is one of ours in another module or in the layers' base class."""
     for home in ("miss", "miss.adapted.AdaptedLinear"):
         target = f"{home}.{node.get('reftarget')}"
-        found = env.domains["py"].resolve_xref(env, node.get("refdoc"), app.builder, "obj", target, node, contnode)
+        found = env.domains["py"].resolve_xref(
+            env, node.get("refdoc"), app.builder, "obj", target, node, contnode
+        )
         if node.get("refdomain") == "py" and found is not None:
             return found
     return None

@@ -17,8 +17,17 @@ from torch import Tensor
 from miss import MiSSeLinear, MiSSLinear
 
 FIGURES = Path(__file__).parent / "figures"
-COLOURS = ("#E69F00", "#56B4E9", "#F0E442")  # of Okabe and Ito, those on which black text is legible
-SETTINGS = {"svg.hashsalt": "miss", "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "path"}
+COLOURS = (
+    "#E69F00",
+    "#56B4E9",
+    "#F0E442",
+)  # of Okabe and Ito, those on which black text is legible
+SETTINGS = {
+    "svg.hashsalt": "miss",
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "svg.fonttype": "path",
+}
 CELL = 0.205  # inches: a picture is 3.5 inches wide, so that a phone shows it whole
 # For each form: its class, whether D is shared along the input, and (in_features, out_features, rank, title) of each layer.
 PICTURES: dict[str, tuple[type, bool, tuple[tuple[int, int, int, str], ...]]] = {
@@ -51,16 +60,25 @@ def layer(form: type, in_features: int, out_features: int, rank: int) -> Any:
 
 def draw(axis: Any, matrix: Tensor, d: Tensor, by_column: bool) -> None:
     """Draw a matrix of numbers of ``d``, coloured by the column or the row of ``d`` that each number stands in."""
-    place = (torch.arange(d.shape[1])[None] if by_column else torch.arange(d.shape[0])[:, None]).expand(d.shape).flatten()
+    place = (
+        (torch.arange(d.shape[1])[None] if by_column else torch.arange(d.shape[0])[:, None])
+        .expand(d.shape)
+        .flatten()
+    )
     values = matrix.detach().numpy()
     colours = ListedColormap([COLOURS[int(index)] for index in place])
     norm = BoundaryNorm([number + 0.5 for number in range(len(place) + 1)], len(place))
     axis.pcolormesh(values, cmap=colours, norm=norm, edgecolors="white", linewidth=1)
     for row, numbers in enumerate(values):
         for column, number in enumerate(numbers):
-            axis.text(column + 0.5, row + 0.5, f"{number:.0f}", ha="center", va="center", fontsize=7)
+            axis.text(
+                column + 0.5, row + 0.5, f"{number:.0f}", ha="center", va="center", fontsize=7
+            )
     axis.set(xlim=(0, values.shape[1]), ylim=(values.shape[0], 0), aspect="equal")
-    for ticks, labels, size in ((axis.set_xticks, axis.set_xticklabels, 1), (axis.set_yticks, axis.set_yticklabels, 0)):
+    for ticks, labels, size in (
+        (axis.set_xticks, axis.set_xticklabels, 1),
+        (axis.set_yticks, axis.set_yticklabels, 0),
+    ):
         ticks([index + 0.5 for index in range(values.shape[size])])
         labels([str(index) for index in range(values.shape[size])], fontsize=7)
     axis.tick_params(length=0, pad=1)
@@ -79,18 +97,31 @@ def figure(name: str) -> Figure:
         for made, height, (*_, title) in zip(layers, heights, rows):
             columns = 2.2
             for matrix, label, across, down in (
-                (made.miss_D, "D", "j" if by_column else "input column c", "output row o" if by_column else "shard k"),
+                (
+                    made.miss_D,
+                    "D",
+                    "j" if by_column else "input column c",
+                    "output row o" if by_column else "shard k",
+                ),
                 (made.delta_weight(), "ΔW", "input column c", "output row o"),
             ):
                 high, wide = matrix.shape
-                box = (columns / width, (top - 2.4 - high) / sum(heights), wide / width, high / sum(heights))
+                box = (
+                    columns / width,
+                    (top - 2.4 - high) / sum(heights),
+                    wide / width,
+                    high / sum(heights),
+                )
                 axis = drawn.add_axes(box)
                 draw(axis, matrix, made.miss_D, by_column)
                 axis.set_title(label, fontsize=9, pad=3)
                 axis.set_xlabel(across, fontsize=8, labelpad=1)
                 axis.set_ylabel(down, fontsize=8, labelpad=1)
                 rank = made.rank
-                sizes = [made.out_features // rank + (shard < made.out_features % rank) for shard in range(rank)]
+                sizes = [
+                    made.out_features // rank + (shard < made.out_features % rank)
+                    for shard in range(rank)
+                ]
                 if label == "ΔW" and by_column:
                     for cut in range(rank, wide, rank):
                         axis.axvline(cut, color="black", linewidth=1.6)
@@ -98,7 +129,15 @@ def figure(name: str) -> Figure:
                     for shard in range(1, rank):
                         axis.axhline(sum(sizes[:shard]), color="black", linewidth=1.6)
                 columns += wide + 2.6
-            drawn.text(0.5, (top - 0.7) / sum(heights), title, ha="center", va="center", fontsize=9, fontweight="bold")
+            drawn.text(
+                0.5,
+                (top - 0.7) / sum(heights),
+                title,
+                ha="center",
+                va="center",
+                fontsize=9,
+                fontweight="bold",
+            )
             top -= height
     return drawn
 

@@ -16,16 +16,32 @@ __all__ = ["ADAPTER_DTYPES", "check_settings", "is_real", "looks_linear", "refus
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_settings(name: str, *, scale: float, dropout: float, adapter_dtype: torch.dtype | None) -> tuple[float, float]:
+def check_settings(
+    name: str, *, scale: float, dropout: float, adapter_dtype: torch.dtype | None
+) -> tuple[float, float]:
     """``scale`` and ``dropout`` as floats, or a `ShapeError` that names the argument and its rule."""
     if not is_real(scale):
-        raise ShapeError(explain(name, "scale must be a number", expected="a finite number", actual=f"scale={scale!r}"))
+        raise ShapeError(
+            explain(
+                name,
+                "scale must be a number",
+                expected="a finite number",
+                actual=f"scale={scale!r}",
+            )
+        )
     if not is_real(dropout) or not 0 <= dropout < 1:
         rule = "dropout must be a probability"
-        raise ShapeError(explain(name, rule, expected="0 <= dropout < 1", actual=f"dropout={dropout!r}"))
+        raise ShapeError(
+            explain(name, rule, expected="0 <= dropout < 1", actual=f"dropout={dropout!r}")
+        )
     if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
-        rule, expected = "adapter_dtype must be trainable", ", ".join(map(str, (None, *ADAPTER_DTYPES)))
-        raise ShapeError(explain(name, rule, expected=expected, actual=f"adapter_dtype={adapter_dtype!r}"))
+        rule, expected = (
+            "adapter_dtype must be trainable",
+            ", ".join(map(str, (None, *ADAPTER_DTYPES))),
+        )
+        raise ShapeError(
+            explain(name, rule, expected=expected, actual=f"adapter_dtype={adapter_dtype!r}")
+        )
     return float(scale), float(dropout)
 
 
@@ -60,9 +76,13 @@ def refusal(module: nn.Module, names: Set[str]) -> str | None:
         return "has an instance-level forward, which would bypass the adapter (accelerate's hooks?): remove it, then inject"
     if functional.is_dtensor(module.weight):
         return "has a DTensor weight: inject first, then parallelize"
-    own = (set(module.__dict__) | set(module._parameters) | set(module._buffers) | set(module._modules)) & names
+    own = (
+        set(module.__dict__) | set(module._parameters) | set(module._buffers) | set(module._modules)
+    ) & names
     if own:
-        return f"has attributes of its own named {sorted(own)}, which the adapter needs: rename them"
+        return (
+            f"has attributes of its own named {sorted(own)}, which the adapter needs: rename them"
+        )
     return None
 
 

@@ -45,7 +45,9 @@ class AdaptedLinear(nn.Linear):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
-        scale, dropout = check_settings(name, scale=scale, dropout=dropout, adapter_dtype=adapter_dtype)
+        scale, dropout = check_settings(
+            name, scale=scale, dropout=dropout, adapter_dtype=adapter_dtype
+        )
         rank = self.check_rank(name, rank, in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
@@ -84,29 +86,45 @@ class AdaptedLinear(nn.Linear):
         if reason is not None:
             error = StateError if type(linear) is nn.Linear else TargetError
             raise error(explain(name, reason))
-        scale, dropout = check_settings(name, scale=scale, dropout=dropout, adapter_dtype=adapter_dtype)
+        scale, dropout = check_settings(
+            name, scale=scale, dropout=dropout, adapter_dtype=adapter_dtype
+        )
         rank = cls.check_rank(name, rank, linear.in_features, linear.out_features)
         return cls.swap_(linear, cls.new_adapter(linear, rank, adapter_dtype), scale, dropout)
 
     @classmethod
     def new_adapter(
-        cls, linear: nn.Linear, rank: int, adapter_dtype: torch.dtype | None, rows: int | None = None
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        adapter_dtype: torch.dtype | None,
+        rows: int | None = None,
     ) -> nn.Parameter:
         """A zero D for ``linear``, on the device of its weight; MiSSe may have fewer ``rows``. ``linear`` is not changed."""
-        default = linear.weight.dtype if linear.weight.dtype in (torch.float64, torch.float32) else torch.float32
+        default = (
+            linear.weight.dtype
+            if linear.weight.dtype in (torch.float64, torch.float32)
+            else torch.float32
+        )
         shape = cls.adapter_shape(linear.out_features, linear.in_features, rank, rows)
         with torch.inference_mode(False):
-            return nn.Parameter(torch.zeros(shape, device=linear.weight.device, dtype=adapter_dtype or default))
+            return nn.Parameter(
+                torch.zeros(shape, device=linear.weight.device, dtype=adapter_dtype or default)
+            )
 
     @classmethod
-    def adapter_shape(cls, out_features: int, in_features: int, rank: int, rows: int | None = None) -> tuple[int, int]:
+    def adapter_shape(
+        cls, out_features: int, in_features: int, rank: int, rows: int | None = None
+    ) -> tuple[int, int]:
         """The shape of D."""
         shape = [out_features, in_features]
         shape[cls.shared_axis] = rank
         return rows or shape[0], shape[1]
 
     @classmethod
-    def swap_(cls: type[Self], linear: nn.Linear, d: nn.Parameter, scale: float, dropout: float) -> Self:
+    def swap_(
+        cls: type[Self], linear: nn.Linear, d: nn.Parameter, scale: float, dropout: float
+    ) -> Self:
         """The swap alone, for a ``linear``, a ``d`` and numbers that have been checked."""
         linear.__class__ = cls
         assert isinstance(linear, cls)  # tells the type checker
@@ -133,7 +151,11 @@ class AdaptedLinear(nn.Linear):
         if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= limit:
             rule = f"rank of {cls.__name__} must be an int from 1 to {('out_features', 'in_features')[cls.shared_axis]}"
             size = f"{cls.__name__}(in_features={in_features}, out_features={out_features})"
-            raise ShapeError(explain(name, rule, expected=f"1 <= rank <= {limit}", actual=f"rank={rank!r} for {size}"))
+            raise ShapeError(
+                explain(
+                    name, rule, expected=f"1 <= rank <= {limit}", actual=f"rank={rank!r} for {size}"
+                )
+            )
         return int(rank)
 
     @property
@@ -168,11 +190,17 @@ class AdaptedLinear(nn.Linear):
         Raises:
             StateError: the layer is merged, in training mode, and gradients are on: ``miss_D`` would get none.
         """
-        if input.is_nested:  # what nn.TransformerEncoder passes on in eval mode under a padding mask
-            return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()], layout=input.layout)
+        if (
+            input.is_nested
+        ):  # what nn.TransformerEncoder passes on in eval mode under a padding mask
+            return torch.nested.as_nested_tensor(
+                [self.forward(row) for row in input.unbind()], layout=input.layout
+            )
         if self.merged:
             if self.training and torch.is_grad_enabled():
-                raise is_merged(type(self).__name__, "a training forward would give miss_D no gradient")
+                raise is_merged(
+                    type(self).__name__, "a training forward would give miss_D no gradient"
+                )
             return F.linear(input, self.miss_base if self._disabled else self.weight, self.bias)
         weight, bias, d = self.weight, self.bias, self.miss_D
         dropping = self.training and self.dropout > 0
@@ -205,7 +233,9 @@ class AdaptedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
-        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
+        return (
+            f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As `nn.Module`, but what `to_empty` or a move off the meta device leaves uninitialised in ``miss_D`` is zero."""
@@ -218,7 +248,9 @@ class AdaptedLinear(nn.Linear):
                 self.miss_D.zero_()
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """As `nn.Module`, but ``miss_D`` does not stay on the meta device where a base checkpoint moves the weight off it."""
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.miss_D.is_meta and not self.weight.is_meta:

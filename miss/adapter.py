@@ -15,7 +15,15 @@ from miss.inject import SKIPPED
 from miss.linear import method_of
 from miss.targets import instances, walk
 
-__all__ = ["LayerSummary", "Summary", "adapted_modules", "adapter_parameters", "disabled", "summary", "verify"]
+__all__ = [
+    "LayerSummary",
+    "Summary",
+    "adapted_modules",
+    "adapter_parameters",
+    "disabled",
+    "summary",
+    "verify",
+]
 
 _COUNT = threading.Lock()  # guards the depth counters of `disabled`
 
@@ -55,7 +63,9 @@ class Summary:
     trainable: int  #: those with requires_grad
     adapter: int  #: those of all miss_D
     adapted_base: int  #: weights and biases of the adapted layers
-    other_trainable: dict[str, int]  #: module that holds trainable parameters beside adapters -> how many
+    other_trainable: dict[
+        str, int
+    ]  #: module that holds trainable parameters beside adapters -> how many
     skipped: dict[str, str]  #: layer that a target matched and that could not be adapted -> why
 
     @property
@@ -72,18 +82,34 @@ class Summary:
         rows = [("name", "shape", "method", "rank", "trainable")]
         for layer in self.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
-            rows.append((layer.name or "(model)", shape, layer.method, str(layer.rank), f"{layer.trainable:,}"))
+            rows.append(
+                (
+                    layer.name or "(model)",
+                    shape,
+                    layer.method,
+                    str(layer.rank),
+                    f"{layer.trainable:,}",
+                )
+            )
         widths = [max(map(len, column)) for column in zip(*rows)]
         pads = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust)
-        rows.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3], "-" * widths[4]))
-        lines = ["  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths)) for row in rows]
+        rows.insert(
+            1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3], "-" * widths[4])
+        )
+        lines = [
+            "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths))
+            for row in rows
+        ]
         share = f"{self.trainable:,} of {self.total:,} parameters ({self.percent:.3f} %)"
         lines += [
             "",
             f"trainable: {share}, {self.adapter:,} of them in {len(self.layers)} adapter(s)",
             f"adapted layers hold {100 * self.share:.1f} % of the base model's {self.total - self.adapter:,} parameters",
         ]
-        lines += [f"also trainable: {name or '(model)'} ({count:,})" for name, count in self.other_trainable.items()]
+        lines += [
+            f"also trainable: {name or '(model)'} ({count:,})"
+            for name, count in self.other_trainable.items()
+        ]
         lines += [f"skipped: {name or '(model)'} {reason}" for name, reason in self.skipped.items()]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -102,13 +128,22 @@ def summary(model: nn.Module) -> Summary:
     """
     adapted = adapted_modules(model)
     own = {id(layer.miss_D) for layer in adapted.values()}
-    base = {id(p): _numel(p) for layer in adapted.values() for p in layer.parameters() if id(p) not in own}
+    base = {
+        id(p): _numel(p)
+        for layer in adapted.values()
+        for p in layer.parameters()
+        if id(p) not in own
+    }
     sizes = {id(p): _numel(p) for p in model.parameters()}
     others: dict[str, int] = {}
     skipped: dict[str, str] = {}
     seen = set(own)
     for name, module in walk(model):
-        new = {id(p): _numel(p) for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen}
+        new = {
+            id(p): _numel(p)
+            for p in module.parameters(recurse=False)
+            if p.requires_grad and id(p) not in seen
+        }
         if new:
             others[name] = sum(new.values())
         seen.update(new)
@@ -193,12 +228,16 @@ def _numel(parameter: Tensor) -> int:
 
 
 def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
+    return isinstance(
+        tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    )
 
 
 def _layer_summary(name: str, layer: AdaptedLinear) -> LayerSummary:
     trainable = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-    return LayerSummary(name, (layer.out_features, layer.in_features), method_of(layer), layer.rank, trainable)
+    return LayerSummary(
+        name, (layer.out_features, layer.in_features), method_of(layer), layer.rank, trainable
+    )
 
 
 @contextmanager
@@ -237,17 +276,27 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore each module's buffers: the same tensors, with the contents that they had."""
-    kept = [(m, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    contents = [(b, b.clone()) for b in model.buffers() if b.layout == torch.strided and not b.is_meta and not _is_lazy(b)]
+    kept = [
+        (m, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
+    ]
+    contents = [
+        (b, b.clone())
+        for b in model.buffers()
+        if b.layout == torch.strided and not b.is_meta and not _is_lazy(b)
+    ]
     try:
         yield
     finally:
         for module, buffers in kept:
-            if {name: id(b) for name, b in module._buffers.items()} != {name: id(b) for name, b in buffers.items()}:
+            if {name: id(b) for name, b in module._buffers.items()} != {
+                name: id(b) for name, b in buffers.items()
+            }:
                 module._buffers.clear()
                 module._buffers.update(buffers)
         for buffer, content in contents:
-            same = (buffer == content) | ((buffer != buffer) & (content != content))  # NaN is the same as NaN
+            same = (buffer == content) | (
+                (buffer != buffer) & (content != content)
+            )  # NaN is the same as NaN
             if not same.all():
                 with torch.inference_mode(buffer.is_inference()):
                     buffer.copy_(content)

@@ -27,7 +27,14 @@ from miss.fitting import (
 from miss.linear import METHODS
 from miss.targets import Targets, instances, joined, resolve
 
-__all__ = ["IncompatibleKeys", "adapter_state_dict", "combine", "load", "load_adapter_state_dict", "save"]
+__all__ = [
+    "IncompatibleKeys",
+    "adapter_state_dict",
+    "combine",
+    "load",
+    "load_adapter_state_dict",
+    "save",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,10 +59,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> {key: d.shape for key, d in adapter_state_dict(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)).items()}
     {'0.miss_D': torch.Size([2, 4])}
     """
-    return {key_of(name): layer.miss_D.detach().clone() for name, layer in own_adapters(model).items()}
+    return {
+        key_of(name): layer.miss_D.detach().clone() for name, layer in own_adapters(model).items()
+    }
 
 
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> IncompatibleKeys:
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True
+) -> IncompatibleKeys:
     """Copy tensors into the adapters of a model, in place; all of them or, on an error, none.
 
     Args:
@@ -77,7 +88,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, st
     """
     where = "load_adapter_state_dict"
     adapters = {key_of(name): layer.miss_D for name, layer in unmerged(model).items()}
-    missing, unexpected = [key for key in adapters if key not in state], [key for key in state if key not in adapters]
+    missing, unexpected = (
+        [key for key in adapters if key not in state],
+        [key for key in state if key not in adapters],
+    )
     if strict:
         check_keys(where, missing, unexpected)
     tensors = {key: tensor for key, tensor in state.items() if key in adapters}
@@ -123,7 +137,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
             state: dict[str, Any] = {}
             module._save_to_state_dict(state, joined(name, ""), False)
             if foreign := sorted(set(state) - set(own) - {key_of(name)}):
-                raise CheckpointError(explain(where, f"extra holds state that is no parameter or buffer: {foreign[0]}"))
+                raise CheckpointError(
+                    explain(
+                        where, f"extra holds state that is no parameter or buffer: {foreign[0]}"
+                    )
+                )
             others.update(own)
     tensors = {key_of(name): layer.miss_D.detach() for name, layer in adapted.items()} | others
     files.check_tensors(where, tensors)
@@ -134,7 +152,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
         version = importlib.metadata.version("miss-torch")
     except importlib.metadata.PackageNotFoundError:  # imported from a folder
         version = "unknown"
-    modules = {name: {k: v for k, v in record._asdict().items() if v is not None} for name, record in layers.items()}
+    modules = {
+        name: {k: v for k, v in record._asdict().items() if v is not None}
+        for name, record in layers.items()
+    }
     files.write(where, tensors, {"version": version, "modules": modules, "extra": sorted(others)})
 
 
@@ -160,13 +181,22 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     tensors, about, intact = files.read(where)
     layers, extra = _parse(where, about)
     expected = {key_of(name) for name in layers} | extra
-    check_keys(where, sorted(expected - set(tensors)), sorted(set(tensors) - expected), "the file's own list")
+    check_keys(
+        where,
+        sorted(expected - set(tensors)),
+        sorted(set(tensors) - expected),
+        "the file's own list",
+    )
     files.check_tensors(where, tensors)
     for name, record in layers.items():
         d = tensors[key_of(name)]
         if d.shape != record.d_shape or d.dtype not in ADAPTER_DTYPES:
             rule = f"{key_of(name)} does not fit its metadata"
-            raise CheckpointError(explain(where, rule, expected=record.d_shape, actual=f"{tuple(d.shape)} of {d.dtype}"))
+            raise CheckpointError(
+                explain(
+                    where, rule, expected=record.d_shape, actual=f"{tuple(d.shape)} of {d.dtype}"
+                )
+            )
     if not intact:
         raise CheckpointError(explain(where, "is damaged: its content does not match its checksum"))
     return apply_(model, where, layers, tensors)
@@ -189,20 +219,36 @@ def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str,
     {'0.miss_D': tensor([[8.5000, 1.0000]])}
     """
     pairs = list(adapters)
-    if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Mapping) for pair in pairs):
-        raise CheckpointError(explain("combine", "needs (state, weight) pairs, at least one", actual=f"{pairs!r:.80}"))
+    if not pairs or not all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Mapping)
+        for pair in pairs
+    ):
+        raise CheckpointError(
+            explain("combine", "needs (state, weight) pairs, at least one", actual=f"{pairs!r:.80}")
+        )
     first = pairs[0][0]
-    if not first or any(isinstance(d, Tensor) and d.dtype not in ADAPTER_DTYPES for d in first.values()):
+    if not first or any(
+        isinstance(d, Tensor) and d.dtype not in ADAPTER_DTYPES for d in first.values()
+    ):
         raise CheckpointError(explain("combine", "a state must hold adapters, of a floating dtype"))
     for position, (state, weight) in enumerate(pairs):
         where = f"combine, adapter {position}"
         if not is_real(weight):
-            raise CheckpointError(explain(where, "the weight must be a finite number", actual=repr(weight)))
-        check_keys(where, [key for key in first if key not in state], [key for key in state if key not in first], "adapter 0")
+            raise CheckpointError(
+                explain(where, "the weight must be a finite number", actual=repr(weight))
+            )
+        check_keys(
+            where,
+            [key for key in first if key not in state],
+            [key for key in state if key not in first],
+            "adapter 0",
+        )
         check_fit(where, state, first)
     total = {}
     for key, d in first.items():
-        terms = (float(weight) * state[key].detach().to("cpu", torch.float64) for state, weight in pairs)
+        terms = (
+            float(weight) * state[key].detach().to("cpu", torch.float64) for state, weight in pairs
+        )
         total[key] = functools.reduce(torch.add, terms).to(d.device, d.dtype)
     files.check_tensors("combine, the sum", total)
     return total
@@ -221,7 +267,9 @@ def _parse(where: str, about: dict[str, Any]) -> tuple[dict[str, LayerRecord], s
             record = LayerRecord(**fields)
             out_features, in_features = record.shape
         except (TypeError, ValueError) as error:
-            raise CheckpointError(explain(where, f"metadata of module {name!r}: not the settings of an adapter")) from error
+            raise CheckpointError(
+                explain(where, f"metadata of module {name!r}: not the settings of an adapter")
+            ) from error
         _check_record(f"{where}, metadata of module {name!r}", record, None)
         layers[name] = record._replace(shape=(out_features, in_features))
     return layers, set(extra)
@@ -234,7 +282,16 @@ def _check_record(where: str, record: LayerRecord, dtype: torch.dtype | None) ->
         check_settings(where, scale=record.scale, dropout=record.dropout, adapter_dtype=dtype)
         METHODS[record.method].check_rank(where, record.rank, in_features, out_features)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(explain(where, "not the settings of an adapter", actual=f"{record}, {dtype}")) from error
-    cycled = record.rows is None or (type(record.rows) is int and record.rows > 0 and out_features % record.rows == 0)
-    if type(out_features) is not int or type(in_features) is not int or not cycled or (record.rows and record.method != "misse"):
+        raise CheckpointError(
+            explain(where, "not the settings of an adapter", actual=f"{record}, {dtype}")
+        ) from error
+    cycled = record.rows is None or (
+        type(record.rows) is int and record.rows > 0 and out_features % record.rows == 0
+    )
+    if (
+        type(out_features) is not int
+        or type(in_features) is not int
+        or not cycled
+        or (record.rows and record.method != "misse")
+    ):
         raise CheckpointError(explain(where, "not the settings of an adapter", actual=record))

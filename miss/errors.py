@@ -3,7 +3,15 @@
 Each class also derives from the built-in that a caller would expect, so `except ValueError` and the like keep working.
 """
 
-__all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError", "explain", "is_merged"]
+__all__ = [
+    "CheckpointError",
+    "MissError",
+    "ShapeError",
+    "StateError",
+    "TargetError",
+    "explain",
+    "is_merged",
+]
 
 
 class MissError(Exception):
@@ -26,7 +34,9 @@ class CheckpointError(MissError, ValueError):
     """An adapter file or state dict that is damaged or does not fit the model."""
 
 
-def explain(where: str, rule: str, *, expected: object = None, actual: object = None, do: str = "") -> str:
+def explain(
+    where: str, rule: str, *, expected: object = None, actual: object = None, do: str = ""
+) -> str:
     """The one shape of our messages: where, the rule, expected against actual, what to do."""
     lines = [f"{where}: {rule}"]
     if expected is not None:

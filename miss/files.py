@@ -44,7 +44,9 @@ def check_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
     """A `CheckpointError` that names the first tensor that is not dense, has no elements, or has one that is not finite."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(explain(where, f"{name} is not a tensor", actual=type(tensor).__name__))
+            raise CheckpointError(
+                explain(where, f"{name} is not a tensor", actual=type(tensor).__name__)
+            )
         if (
             type(tensor) not in (Tensor, torch.nn.Parameter)
             or tensor.layout != torch.strided
@@ -52,13 +54,21 @@ def check_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
             or tensor.is_quantized
         ):
             kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
-            raise CheckpointError(explain(where, f"{name} is not an ordinary tensor with data", actual=kind))
+            raise CheckpointError(
+                explain(where, f"{name} is not an ordinary tensor with data", actual=kind)
+            )
         if not tensor.numel():
-            raise CheckpointError(explain(where, f"{name} has no elements", actual=f"shape {tuple(tensor.shape)}"))
+            raise CheckpointError(
+                explain(where, f"{name} has no elements", actual=f"shape {tuple(tensor.shape)}")
+            )
         try:  # 8-bit floats have no isfinite
-            finite = torch.isfinite(tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()).all()
+            finite = torch.isfinite(
+                tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()
+            ).all()
         except (RuntimeError, NotImplementedError) as error:
-            raise CheckpointError(explain(where, f"{name} has a dtype that cannot be checked", actual=tensor.dtype)) from error
+            raise CheckpointError(
+                explain(where, f"{name} has a dtype that cannot be checked", actual=tensor.dtype)
+            ) from error
         if not finite:
             raise CheckpointError(explain(where, f"{name} has elements that are not finite"))
 
@@ -78,12 +88,20 @@ def write(path: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     tensors = dense(tensors)
     about = {"format": FORMAT, **about}
     text = json.dumps(about | {"sha256": _digest(tensors, about)}, allow_nan=False)
-    write_bytes(path, (safetensors_bytes if path.endswith(".safetensors") else _pt_bytes)(path, tensors, {KEY: text}))
+    write_bytes(
+        path,
+        (safetensors_bytes if path.endswith(".safetensors") else _pt_bytes)(
+            path, tensors, {KEY: text}
+        ),
+    )
 
 
 def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU: a view would be saved with its whole storage, and safetensors refuses shared memory."""
-    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -110,7 +128,9 @@ def write_bytes(path: str, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-    with contextlib.suppress(OSError, AttributeError):  # the renaming itself outlives a power cut, where folders can be flushed
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # the renaming itself outlives a power cut, where folders can be flushed
         handle = os.open(folder, os.O_DIRECTORY)
         try:
             os.fsync(handle)
@@ -127,22 +147,33 @@ def read(path: str) -> Content:
     """
     text, tensors = read_tensors(path)
     if not isinstance(text, str):
-        raise CheckpointError(explain(path, f"has no metadata {KEY!r}: it was not written by miss.save"))
+        raise CheckpointError(
+            explain(path, f"has no metadata {KEY!r}: it was not written by miss.save")
+        )
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(explain(path, f"its metadata {KEY!r} is not JSON: {error}")) from error
+        raise CheckpointError(
+            explain(path, f"its metadata {KEY!r} is not JSON: {error}")
+        ) from error
     if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] < 1:
         raise CheckpointError(explain(path, f"its metadata {KEY!r} has no format version"))
     if about["format"] > FORMAT:
         rule = f"was written by a newer version of this package ({about.get('version', 'unknown')})"
-        actual, do = f"format {about['format']}", "install a newer version, or save again with this one"
-        raise CheckpointError(explain(path, rule, expected=f"format {FORMAT} or lower", actual=actual, do=do))
+        actual, do = (
+            f"format {about['format']}",
+            "install a newer version, or save again with this one",
+        )
+        raise CheckpointError(
+            explain(path, rule, expected=f"format {FORMAT} or lower", actual=actual, do=do)
+        )
     sha256 = about.pop("sha256", None)
     try:
         return Content(tensors, about, sha256 == _digest(tensors, about))
     except RecursionError as error:
-        raise CheckpointError(explain(path, f"its metadata {KEY!r} is nested too deeply")) from error
+        raise CheckpointError(
+            explain(path, f"its metadata {KEY!r} is nested too deeply")
+        ) from error
 
 
 def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
@@ -153,7 +184,9 @@ def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
     try:
         return reader(path)
     except Exception as error:  # of many kinds, for a damaged file
-        rule = f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        rule = (
+            f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        )
         raise CheckpointError(explain(path, rule)) from error
 
 
@@ -163,7 +196,9 @@ def safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         do = "pip install 'miss-torch[files]', or use the suffix .pt"
-        raise ImportError(explain("miss", "a .safetensors file needs the package safetensors", do=do)) from error
+        raise ImportError(
+            explain("miss", "a .safetensors file needs the package safetensors", do=do)
+        ) from error
     return safetensors
 
 
@@ -173,7 +208,9 @@ def safetensors_bytes(path: str, tensors: dict[str, Tensor], metadata: dict[str,
     try:
         content: bytes = package.torch.save(tensors, metadata)
     except Exception as error:  # a dtype that the format lacks
-        raise CheckpointError(explain(path, f"the format cannot hold these tensors: {error}", do="use .pt")) from error
+        raise CheckpointError(
+            explain(path, f"the format cannot hold these tensors: {error}", do="use .pt")
+        ) from error
     return content
 
 
@@ -185,7 +222,9 @@ def _pt_bytes(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -
 
 def _read_safetensors(path: str) -> tuple[Any, dict[str, Tensor]]:
     with safetensors().safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get(KEY), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no dict
+        return (file.metadata() or {}).get(KEY), {
+            name: file.get_tensor(name).clone() for name in file.keys()
+        }  # noqa: SIM118  # no dict
 
 
 def _read_pt(path: str) -> tuple[Any, dict[str, Tensor]]:
@@ -193,10 +232,16 @@ def _read_pt(path: str) -> tuple[Any, dict[str, Tensor]]:
     if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
         return None, {}
     tensors = content["tensors"]
-    if not all(isinstance(name, str) and type(tensor) is Tensor for name, tensor in tensors.items()):
+    if not all(
+        isinstance(name, str) and type(tensor) is Tensor for name, tensor in tensors.items()
+    ):
         raise ValueError("it does not hold tensors by name")
     if not all(
-        not t.is_nested and t.layout == torch.strided and t.device.type == "cpu" and t.is_contiguous() for t in tensors.values()
+        not t.is_nested
+        and t.layout == torch.strided
+        and t.device.type == "cpu"
+        and t.is_contiguous()
+        for t in tensors.values()
     ):
         raise ValueError("it holds tensors that are not dense")
     return content.get(KEY), tensors

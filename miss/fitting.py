@@ -15,7 +15,16 @@ from miss.inject import Adapter, adopt_all_, linear_layers
 from miss.linear import METHODS, method_of
 from miss.targets import instances, joined, walk
 
-__all__ = ["LayerRecord", "apply_", "check_fit", "check_keys", "copy_", "key_of", "named_tensors", "own_adapters"]
+__all__ = [
+    "LayerRecord",
+    "apply_",
+    "check_fit",
+    "check_keys",
+    "copy_",
+    "key_of",
+    "named_tensors",
+    "own_adapters",
+]
 __all__ += ["record_of", "unmerged"]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +49,9 @@ class LayerRecord(NamedTuple):
         return METHODS[self.method].adapter_shape(*self.shape, self.rank, self.rows)
 
 
-def apply_(model: Model, where: str, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> Model:
+def apply_(
+    model: Model, where: str, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]
+) -> Model:
     """Put adapters and other tensors into a model, injecting where it has no adapter; all or, on an error, nothing.
 
     Args:
@@ -63,7 +74,9 @@ def apply_(model: Model, where: str, layers: Mapping[str, LayerRecord], tensors:
         slots = {key_of(name): adapter.d for name, adapter in zip(layers, plan)}
     owners = []
     for name, module in instances(model, nn.Module).items():
-        others = {key: tensor for key, tensor in named_tensors(name, module).items() if key in tensors}
+        others = {
+            key: tensor for key, tensor in named_tensors(name, module).items() if key in tensors
+        }
         owners += [module] if others else []
         slots |= others
     check_keys(where, [], sorted(set(tensors) - set(slots)))
@@ -82,8 +95,19 @@ def key_of(name: str) -> str:
 def record_of(layer: AdaptedLinear) -> LayerRecord:
     """The settings of an adapted layer."""
     method = method_of(layer)
-    rows = layer.miss_D.shape[0] if method == "misse" and layer.miss_D.shape[0] != layer.out_features else None
-    return LayerRecord(method, layer.rank, layer.scale, layer.dropout, (layer.out_features, layer.in_features), rows)
+    rows = (
+        layer.miss_D.shape[0]
+        if method == "misse" and layer.miss_D.shape[0] != layer.out_features
+        else None
+    )
+    return LayerRecord(
+        method,
+        layer.rank,
+        layer.scale,
+        layer.dropout,
+        (layer.out_features, layer.in_features),
+        rows,
+    )
 
 
 def own_adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -92,7 +116,9 @@ def own_adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     for name, layer in adapted.items():
         if "miss_D" not in layer._parameters:
             rule = "its miss_D is no parameter of its own any more (pruned, parametrized?)"
-            raise StateError(explain(name or type(layer).__name__, rule, do="remove what replaced it"))
+            raise StateError(
+                explain(name or type(layer).__name__, rule, do="remove what replaced it")
+            )
     return adapted
 
 
@@ -101,7 +127,9 @@ def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
     adapted = own_adapters(model)
     for name, layer in adapted.items():
         if layer.merged:
-            raise is_merged(name or type(layer).__name__, "an adapter that is loaded now would have no effect")
+            raise is_merged(
+                name or type(layer).__name__, "an adapter that is loaded now would have no effect"
+            )
     return adapted
 
 
@@ -113,15 +141,23 @@ def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
         transient.add("miss_D")
         if module.merged:
             own["weight"] = module.miss_base
-    return {joined(name, key): t for key, t in own.items() if t is not None and key not in transient}
+    return {
+        joined(name, key): t for key, t in own.items() if t is not None and key not in transient
+    }
 
 
-def check_keys(where: str, missing: list[str], unexpected: list[str], against: str = "the model") -> None:
+def check_keys(
+    where: str, missing: list[str], unexpected: list[str], against: str = "the model"
+) -> None:
     """A `CheckpointError` unless both lists are empty."""
     kinds = (("missing", missing), ("unexpected", unexpected))
-    counts = [f"{len(keys)} {kind}: {', '.join(map(str, keys[:5]))}" for kind, keys in kinds if keys]
+    counts = [
+        f"{len(keys)} {kind}: {', '.join(map(str, keys[:5]))}" for kind, keys in kinds if keys
+    ]
     if counts:
-        raise CheckpointError(explain(where, f"the keys are not those of {against}", actual="; ".join(counts)))
+        raise CheckpointError(
+            explain(where, f"the keys are not those of {against}", actual="; ".join(counts))
+        )
 
 
 def check_fit(where: str, tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
@@ -130,26 +166,45 @@ def check_fit(where: str, tensors: Mapping[str, Tensor], slots: Mapping[str, Ten
     for key, tensor in tensors.items():
         expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slots[key], tensor))
         if expected != actual:
-            raise CheckpointError(explain(where, f"{key} has another shape or dtype", expected=expected, actual=actual))
+            raise CheckpointError(
+                explain(
+                    where, f"{key} has another shape or dtype", expected=expected, actual=actual
+                )
+            )
 
 
 def copy_(where: str, tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
     """Write each tensor into its slot, after all have been brought to their devices."""
     for key in tensors:
         if (reason := unwritable(slots[key])) is not None:
-            raise StateError(explain(where, f"{key} of the model {reason}, so that nothing can be loaded into it"))
+            raise StateError(
+                explain(
+                    where, f"{key} of the model {reason}, so that nothing can be loaded into it"
+                )
+            )
     first: dict[tuple[torch.device, int], str] = {}
     for key in tensors:
         other = first.setdefault((slots[key].device, slots[key].data_ptr()), key)
-        if other != key and not torch.equal(tensors[other].detach().cpu(), tensors[key].detach().cpu()):
-            raise CheckpointError(explain(where, f"{key} and {other} are one tensor in the model, and two that differ here"))
+        if other != key and not torch.equal(
+            tensors[other].detach().cpu(), tensors[key].detach().cpu()
+        ):
+            raise CheckpointError(
+                explain(
+                    where,
+                    f"{key} and {other} are one tensor in the model, and two that differ here",
+                )
+            )
     with torch.inference_mode(False), torch.no_grad():
-        staged = {key: tensor.to(slots[key].device, copy=True) for key, tensor in tensors.items()}  # a slot may be a source too
+        staged = {
+            key: tensor.to(slots[key].device, copy=True) for key, tensor in tensors.items()
+        }  # a slot may be a source too
         for key, tensor in staged.items():
             slots[key].copy_(tensor)
 
 
-def _plan(model: nn.Module, where: str, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> list[Adapter]:
+def _plan(
+    model: nn.Module, where: str, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]
+) -> list[Adapter]:
     """The adapters to inject into a base model, in the order of ``layers``, allocated and zero."""
     modules = dict(walk(model))  # the last of a name, since a wrapper comes before what it wraps
     reasons = linear_layers(model)
@@ -160,26 +215,41 @@ def _plan(model: nn.Module, where: str, layers: Mapping[str, LayerRecord], tenso
             raise CheckpointError(explain(where, f"the model has no module {name!r}"))
         if not isinstance(linear, nn.Linear) or reasons[id(linear)] is not None:
             reason = reasons.get(id(linear), f"is a {type(linear).__name__}")
-            raise CheckpointError(explain(where, f"module {name!r} of the model cannot be adapted: it {reason}"))
+            raise CheckpointError(
+                explain(where, f"module {name!r} of the model cannot be adapted: it {reason}")
+            )
         if (linear.out_features, linear.in_features) != record.shape:
             shape = (linear.out_features, linear.in_features)
             rule = f"the weight of module {name!r} has another shape"
             raise CheckpointError(explain(where, rule, expected=record.shape, actual=shape))
         if id(linear) in plan:
-            raise CheckpointError(explain(where, f"two adapters are for one module of the model; the second is {name!r}"))
+            raise CheckpointError(
+                explain(
+                    where, f"two adapters are for one module of the model; the second is {name!r}"
+                )
+            )
         form = METHODS[record.method]
         d = form.new_adapter(linear, record.rank, tensors[key_of(name)].dtype, record.rows)
         plan[id(linear)] = Adapter(linear, form, d, float(record.scale), float(record.dropout))
     return list(plan.values())
 
 
-def _check_same(where: str, layers: Mapping[str, LayerRecord], adapted: Mapping[str, AdaptedLinear]) -> None:
+def _check_same(
+    where: str, layers: Mapping[str, LayerRecord], adapted: Mapping[str, AdaptedLinear]
+) -> None:
     """The adapters of a file against those of a model: their layers, and the settings but for dropout."""
-    missing, unexpected = [name for name in adapted if name not in layers], [name for name in layers if name not in adapted]
+    missing, unexpected = (
+        [name for name in adapted if name not in layers],
+        [name for name in layers if name not in adapted],
+    )
     check_keys(where, list(map(key_of, missing)), list(map(key_of, unexpected)))
     for name, record in layers.items():
         own = record_of(adapted[name])
         for field in ("method", "shape", "rank", "rows", "scale"):
             if getattr(record, field) != getattr(own, field):
                 rule = f"the {field} of {name or 'the adapter'!r} is not the model's"
-                raise CheckpointError(explain(where, rule, expected=getattr(own, field), actual=getattr(record, field)))
+                raise CheckpointError(
+                    explain(
+                        where, rule, expected=getattr(own, field), actual=getattr(record, field)
+                    )
+                )

@@ -26,8 +26,24 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-__all__ = ["add_blocks_", "add_shards_", "block_factor", "block_mean", "block_reduce", "block_sum", "cycle_rows"]
-__all__ += ["expand_blocks", "expand_shards", "is_dtensor", "miss_factors", "miss_linear", "misse_factors", "misse_linear"]
+__all__ = [
+    "add_blocks_",
+    "add_shards_",
+    "block_factor",
+    "block_mean",
+    "block_reduce",
+    "block_sum",
+    "cycle_rows",
+]
+__all__ += [
+    "expand_blocks",
+    "expand_shards",
+    "is_dtensor",
+    "miss_factors",
+    "miss_linear",
+    "misse_factors",
+    "misse_linear",
+]
 __all__ += ["scaled", "shard_sum"]
 
 # Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
@@ -69,8 +85,12 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
     """
     blocks, tail = _split(x, rank)
     if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = torch.split(rearrange(blocks, "... i -> (...) i"), max(1, _CHUNK // blocks.shape[-1]))
-        mean = torch.cat([_reduce(chunk, rank, "mean") for chunk in rows]).reshape(*x.shape[:-1], rank)
+        rows = torch.split(
+            rearrange(blocks, "... i -> (...) i"), max(1, _CHUNK // blocks.shape[-1])
+        )
+        mean = torch.cat([_reduce(chunk, rank, "mean") for chunk in rows]).reshape(
+            *x.shape[:-1], rank
+        )
     else:
         mean = _reduce(blocks, rank, "mean")
     whole = blocks.shape[-1] // rank
@@ -98,7 +118,9 @@ def add_blocks_(x: Tensor, s: Tensor) -> Tensor:
     """
     blocks, rest = divmod(x.shape[-1], s.shape[-1])
     whole = x[..., : x.shape[-1] - rest] if rest else x
-    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(s.unsqueeze(-2))  # a view, or an error: einops might copy
+    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(
+        s.unsqueeze(-2)
+    )  # a view, or an error: einops might copy
     if rest:
         x[..., -rest:].add_(s[..., :rest])
     return x
@@ -180,7 +202,9 @@ def cycle_rows(d: Tensor, out_features: int) -> Tensor:
     tensor([1, 2, 1, 2])
     """
     rows = d.shape[0]
-    return d if rows == out_features else repeat(d, "m r -> (t m) r", m=rows, t=out_features // rows)
+    return (
+        d if rows == out_features else repeat(d, "m r -> (t m) r", m=rows, t=out_features // rows)
+    )
 
 
 def misse_factors(d: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +217,9 @@ def misse_factors(d: Tensor, in_features: int, out_features: int) -> tuple[Tenso
     tensor([[1., 0., 1.],
             [0., 1., 0.]])
     """
-    return expand_blocks(torch.eye(d.shape[1], dtype=d.dtype, device=d.device), in_features), cycle_rows(d, out_features)
+    return expand_blocks(
+        torch.eye(d.shape[1], dtype=d.dtype, device=d.device), in_features
+    ), cycle_rows(d, out_features)
 
 
 def miss_factors(d: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
@@ -226,7 +252,9 @@ def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
     rank = d.shape[-1]
     if is_dtensor(x):
         blocks = -(-x.shape[-1] // rank)
-        power = 2.0 ** -math.ceil(math.log2(blocks)) if y.dtype == torch.float16 else 1.0  # exact in fp16, as 1 / blocks is not
+        power = (
+            2.0 ** -math.ceil(math.log2(blocks)) if y.dtype == torch.float16 else 1.0
+        )  # exact in fp16, as 1 / blocks is not
         s, factor = F.linear(x, power * _zero_one(expand_blocks, rank, x)).to(y.dtype), 1 / power
     else:
         s, factor = block_reduce(x, rank, y.dtype), block_factor(x.shape[-1], rank, y.dtype)
@@ -251,7 +279,9 @@ def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
     sums = []
     for run, rows, size in _shard_runs(y.shape[-1], d.shape[0]):
         shards = rearrange(y[..., rows], "... (n s) -> ... n s", s=size)
-        sums.append(rearrange(shards + rearrange(z[..., run], "... n -> ... n 1"), "... n s -> ... (n s)"))
+        sums.append(
+            rearrange(shards + rearrange(z[..., run], "... n -> ... n 1"), "... n s -> ... (n s)")
+        )
     return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
 
 
@@ -289,7 +319,9 @@ def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> 
     from torch.distributed.tensor import DTensor, Replicate
 
     factor = expand(torch.eye(rank, dtype=like.dtype, device=like.device), like.shape[-1])
-    return DTensor.from_local(factor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return DTensor.from_local(
+        factor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False
+    )
 
 
 def scaled(d: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

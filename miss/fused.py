@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miss.functional import add_blocks_, add_shards_, block_factor, block_reduce, cycle_rows, expand_blocks, scaled, shard_sum
+from miss.functional import (
+    add_blocks_,
+    add_shards_,
+    block_factor,
+    block_reduce,
+    cycle_rows,
+    expand_blocks,
+    scaled,
+    shard_sum,
+)
 from miss.functional import miss_linear as plain_miss
 from miss.functional import misse_linear as plain_misse
 
@@ -31,11 +40,18 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
     """Whether the fast path applies: ordinary dense tensors that meet in one real dtype, a frozen weight, ordinary execution."""
     if torch.compiler.is_compiling() or _transformed() or _watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if not (type(x) in _PLAIN and type(weight) in _PLAIN and type(d) in _PLAIN and type(bias) in _PLAIN_OR_NONE):
+    if not (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(d) in _PLAIN
+        and type(bias) in _PLAIN_OR_NONE
+    ):
         return False
     if weight.requires_grad or not x.layout == weight.layout == torch.strided or not weight.numel():
         return False
-    return x.is_floating_point() and (x.dtype == weight.dtype or _compute_dtype(x) == _compute_dtype(weight))
+    return x.is_floating_point() and (
+        x.dtype == weight.dtype or _compute_dtype(x) == _compute_dtype(weight)
+    )
 
 
 def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
@@ -70,7 +86,9 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale
     return y
 
 
-def _misse(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _misse(
+    x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     y = F.linear(_cast(x, weight.dtype), weight, bias)
     s = _block_reduce(x, d.shape[1], y.dtype)
     factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype)
@@ -95,14 +113,21 @@ def _block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
 def _miss(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
     y = F.linear(x, weight, bias)
     few = _few(x, d, y.dtype)
-    return add_shards_(y, _times(F.linear(x.to(d.dtype), d), scale) if few else F.linear(x, scaled(d, scale, y.dtype)))
+    return add_shards_(
+        y,
+        _times(F.linear(x.to(d.dtype), d), scale)
+        if few
+        else F.linear(x, scaled(d, scale, y.dtype)),
+    )
 
 
 class _MiSSe(torch.autograd.Function):
     """Outputs ``y`` and ``S``, since the backward reads ``S``: so a derivative of the backward goes on through it to ``x``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         y, s = _misse(x, weight, bias, d, scale)
         _save(ctx, x, weight, d, scale, s)
         ctx.factor = block_factor(x.shape[-1], d.shape[1], y.dtype)
@@ -125,14 +150,18 @@ class _MiSSe(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         x, _, d = ctx.saved_tensors
         y_t = _tangent(plain_misse, ctx, *tangents)
-        return y_t, block_reduce(torch.zeros_like(x) if tangents[0] is None else tangents[0], d.shape[1], y_t.dtype)
+        return y_t, block_reduce(
+            torch.zeros_like(x) if tangents[0] is None else tangents[0], d.shape[1], y_t.dtype
+        )
 
 
 class _MiSS(torch.autograd.Function):
     """The output ``y``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
+    ) -> Tensor:
         _save(ctx, x, weight, d, scale, x)
         return _no_view(_miss(x, weight, bias, d, scale))
 
@@ -156,7 +185,9 @@ class _MiSS(torch.autograd.Function):
 def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Tensor) -> None:
     """Keep what the backward will read, and no other tensor: ``by_d`` is what multiplies D, for its gradient."""
     need_x, _, _, need_d, _ = ctx.needs_input_grad
-    ctx.save_for_backward(weight if need_x else None, d if need_x else None, by_d if need_d else None)
+    ctx.save_for_backward(
+        weight if need_x else None, d if need_x else None, by_d if need_d else None
+    )
     ctx.save_for_forward(x, weight, d)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.dtype, ctx.rows = scale, d.dtype, len(d)
@@ -167,22 +198,33 @@ def _no_view(y: Tensor) -> Tensor:
     return y if y.dim() == 2 else y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
-def _tangent(plain: Callable[..., Tensor], ctx: Any, x_t: Any, weight_t: Any, bias_t: Any, d_t: Any, _: None) -> Tensor:
+def _tangent(
+    plain: Callable[..., Tensor], ctx: Any, x_t: Any, weight_t: Any, bias_t: Any, d_t: Any, _: None
+) -> Tensor:
     """The output is linear in the input and the bias, and in the weight and D."""
     x, weight, d = ctx.saved_tensors
-    x_t, weight_t, d_t = (torch.zeros_like(of) if t is None else t for t, of in ((x_t, x), (weight_t, weight), (d_t, d)))
+    x_t, weight_t, d_t = (
+        torch.zeros_like(of) if t is None else t
+        for t, of in ((x_t, x), (weight_t, weight), (d_t, d))
+    )
     first = plain(x_t, F.linear(_cast(x_t, weight.dtype), weight, bias_t), d, ctx.scale)
     return first + plain(x, F.linear(_cast(x, weight.dtype), weight_t), d_t, ctx.scale)
 
 
-def _misse_input_grad(dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float) -> Tensor:
+def _misse_input_grad(
+    dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float
+) -> Tensor:
     """``dy (weight + expand_blocks(scale * d))``, and what comes by ``S``, which is the block sum over ``factor``."""
     d = scaled(d, scale, dy.dtype)
     if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
         return _input_grad_by_tiles(dy, weight, d, rows)
     part = dy @ d if ds is None else dy @ d + _times(ds, 1 / factor)
     dx = dy @ weight
-    return add_blocks_(dx, part) if ds is None and _in_place() else dx + expand_blocks(part, dx.shape[-1])
+    return (
+        add_blocks_(dx, part)
+        if ds is None and _in_place()
+        else dx + expand_blocks(part, dx.shape[-1])
+    )
 
 
 def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
@@ -240,13 +282,21 @@ def _in_place() -> bool:
 
 def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
     """Whether D is wider than ``dtype``, and it is cheaper to widen what is multiplied by it: rows by the eighth of its rank."""
-    return dtype != d.dtype and torch.promote_types(dtype, d.dtype) == d.dtype and 8 * x.numel() < min(d.shape) * x.shape[-1]
+    return (
+        dtype != d.dtype
+        and torch.promote_types(dtype, d.dtype) == d.dtype
+        and 8 * x.numel() < min(d.shape) * x.shape[-1]
+    )
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which `F.linear` takes a real ``tensor``, which is not its own under `torch.autocast`."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or tensor.dtype == torch.float64
+    ):
         return tensor.dtype
     return torch.get_autocast_dtype(kind)
 

@@ -84,38 +84,58 @@ def inject(
     MiSSeLinear(in_features=8, out_features=16, bias=True, rank=4, scale=1.0, dropout=0.0)
     """
     if not isinstance(model, nn.Module):
-        raise TargetError(explain("model", "must be a module", expected="torch.nn.Module", actual=type(model).__name__))
+        raise TargetError(
+            explain(
+                "model", "must be a module", expected="torch.nn.Module", actual=type(model).__name__
+            )
+        )
     if not isinstance(method, str) or method not in METHODS:
         expected = " or ".join(map(repr, METHODS))
-        raise ShapeError(explain("inject", "unknown method", expected=expected, actual=f"method={method!r}"))
+        raise ShapeError(
+            explain("inject", "unknown method", expected=expected, actual=f"method={method!r}")
+        )
     form = METHODS[method]
-    scale, dropout = check_settings("inject", scale=scale, dropout=dropout, adapter_dtype=adapter_dtype)
-    selection = targeting.select(model, targets, linear_layers(model), exclude=exclude, trainable=trainable)
+    scale, dropout = check_settings(
+        "inject", scale=scale, dropout=dropout, adapter_dtype=adapter_dtype
+    )
+    selection = targeting.select(
+        model, targets, linear_layers(model), exclude=exclude, trainable=trainable
+    )
     for name, linear in selection.adapt:
         if isinstance(linear, AdaptedLinear):
             do = "eject(model), or leave it out with exclude"
             raise StateError(explain(name or type(linear).__name__, "is adapted already", do=do))
     plan: list[Adapter] = []
     for name, linear in selection.adapt:
-        checked = form.check_rank(name or type(linear).__name__, rank, linear.in_features, linear.out_features)
-        plan.append(Adapter(linear, form, form.new_adapter(linear, checked, adapter_dtype), scale, dropout))
+        checked = form.check_rank(
+            name or type(linear).__name__, rank, linear.in_features, linear.out_features
+        )
+        plan.append(
+            Adapter(linear, form, form.new_adapter(linear, checked, adapter_dtype), scale, dropout)
+        )
     adopt_all_(model, plan, selection.trainable, freeze)
     for module, reason in selection.skipped:
         module.__dict__[SKIPPED] = reason
     return model
 
 
-def adopt_all_(model: nn.Module, plan: list[Adapter], trainable: Iterable[nn.Module], freeze: bool) -> None:
+def adopt_all_(
+    model: nn.Module, plan: list[Adapter], trainable: Iterable[nn.Module], freeze: bool
+) -> None:
     """The part of `inject` that changes the model, and does not fail: freeze, swap the classes, place the hooks."""
     root = targeting.unwrapped(model)
     if freeze:
         kept = {id(p) for module in trainable for p in module._parameters.values()}
         kept |= {id(layer.miss_D) for layer in targeting.instances(model, AdaptedLinear).values()}
-        scope: list[nn.Module] = [adapter.linear for adapter in plan] if INJECTED in root.__dict__ else [model]
+        scope: list[nn.Module] = (
+            [adapter.linear for adapter in plan] if INJECTED in root.__dict__ else [model]
+        )
         for module in scope:
             for parameter in module.parameters():
                 if id(parameter) not in kept:
-                    parameter.requires_grad = False  # not requires_grad_(), which a lazy parameter does not have
+                    parameter.requires_grad = (
+                        False  # not requires_grad_(), which a lazy parameter does not have
+                    )
     root.__dict__[INJECTED] = True
     for linear, form, d, scale, dropout in plan:
         form.swap_(linear, d, scale, dropout)
@@ -153,7 +173,11 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         if type(layer) not in METHODS.values():
             kinds = " or ".join(kind.__name__ for kind in METHODS.values())
             rule = "its class has been swapped since it was adapted, so that eject does not know the way back"
-            raise StateError(explain(name or type(layer).__name__, rule, expected=kinds, actual=type(layer).__name__))
+            raise StateError(
+                explain(
+                    name or type(layer).__name__, rule, expected=kinds, actual=type(layer).__name__
+                )
+            )
     if merge:
         check_mergeable(model, adapted)
     else:
@@ -198,12 +222,20 @@ def keep_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _holders(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
     """The modules of a type that hold an adapter somewhere inside."""
     found = [module for module in model.modules() if isinstance(module, kind)]
-    return [module for module in found if any(isinstance(inner, AdaptedLinear) for inner in module.modules())]
+    return [
+        module
+        for module in found
+        if any(isinstance(inner, AdaptedLinear) for inner in module.modules())
+    ]
 
 
 def linear_layers(model: nn.Module) -> dict[int, str | None]:
     """For each module that looks like a linear layer, by id: why it cannot be adapted, or None."""
-    reasons = {id(m): None if isinstance(m, AdaptedLinear) else refusal(m, OUR_NAMES) for m in model.modules() if looks_linear(m)}
+    reasons = {
+        id(m): None if isinstance(m, AdaptedLinear) else refusal(m, OUR_NAMES)
+        for m in model.modules()
+        if looks_linear(m)
+    }
     for name, module in targeting.walk(model):
         if isinstance(module, nn.MultiheadAttention):
             reasons[id(module.out_proj)] = (

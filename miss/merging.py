@@ -13,7 +13,16 @@ from miss.errors import StateError, explain, is_merged
 from miss.functional import cycle_rows, expand_blocks, expand_shards
 from miss.targets import instances, joined
 
-__all__ = ["bake_", "check_mergeable", "check_restorable", "guard", "merge", "refuse_loading", "restore_", "unmerge"]
+__all__ = [
+    "bake_",
+    "check_mergeable",
+    "check_restorable",
+    "guard",
+    "merge",
+    "refuse_loading",
+    "restore_",
+    "unmerge",
+]
 
 _BLOCK = 1 << 17  # elements of a weight that are merged at a time: they stay in a core's cache
 
@@ -49,7 +58,9 @@ def merge(model: nn.Module) -> dict[str, float]:
         for name, layer in layers.items():
             if fresh := not layer.merged:
                 with torch.inference_mode(False):
-                    layer.register_buffer("miss_base", layer.weight.detach().clone(), persistent=False)
+                    layer.register_buffer(
+                        "miss_base", layer.weight.detach().clone(), persistent=False
+                    )
                 done.append(layer)
             errors[name] = _add_to_base_(layer, write=fresh)
     except BaseException:  # out of memory, or interrupted
@@ -87,7 +98,9 @@ def check_mergeable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> No
     """Raise a `StateError` that names the first of the unmerged layers that cannot be merged, and why."""
     owners = _owners(model)
     for name, layer in layers.items():
-        if not layer.merged and (reason := _unfit(layer) or _tied(name, layer.weight, owners) or _not_finite(layer)):
+        if not layer.merged and (
+            reason := _unfit(layer) or _tied(name, layer.weight, owners) or _not_finite(layer)
+        ):
             raise StateError(explain(name or type(layer).__name__, f"cannot be merged: {reason}"))
 
 
@@ -120,14 +133,20 @@ def refuse_loading(module: nn.Module, *args: Any) -> None:
     A model of which only a part was given to `merge` is stopped at that part, after what comes before it.
     """
     if _holds_merged(module):
-        raise is_merged(type(module).__name__, "a weight that is loaded now would be lost when it is unmerged")
+        raise is_merged(
+            type(module).__name__, "a weight that is loaded now would be lost when it is unmerged"
+        )
 
 
 def guard(model: nn.Module) -> None:
     """Place `refuse_loading` on each module that is or holds a merged layer, and take it off the others."""
     for module in model.modules():
         hooks = module._load_state_dict_pre_hooks
-        ours = [key for key, wrapped in hooks.items() if getattr(wrapped, "hook", None) is refuse_loading]
+        ours = [
+            key
+            for key, wrapped in hooks.items()
+            if getattr(wrapped, "hook", None) is refuse_loading
+        ]
         if not _holds_merged(module):
             for key in ours:
                 del hooks[key]
@@ -142,11 +161,15 @@ def _holds_merged(module: nn.Module) -> bool:
 def _deltas(layer: AdaptedLinear) -> Iterator[tuple[slice, Tensor]]:
     """`delta_weight` in fp32 or wider, some rows at a time: which rows, and their delta."""
     o, i = layer.out_features, layer.in_features
-    wide = torch.promote_types(torch.promote_types(layer.weight.dtype, layer.miss_D.dtype), torch.float32)
+    wide = torch.promote_types(
+        torch.promote_types(layer.weight.dtype, layer.miss_D.dtype), torch.float32
+    )
     d = layer.scale * layer.miss_D.detach().to(wide)
     numbers = torch.arange(len(d), device=d.device)[:, None]
     shares_columns = layer.shared_axis == 1
-    source = (cycle_rows if shares_columns else expand_shards)(numbers, o).squeeze(1)  # the row of D for each row of the delta
+    source = (cycle_rows if shares_columns else expand_shards)(numbers, o).squeeze(
+        1
+    )  # the row of D for each row of the delta
     step = max(1, _BLOCK // max(1, i))
     for start in range(0, o, step):
         rows = slice(start, start + step)
@@ -157,7 +180,9 @@ def _add_to_base_(layer: AdaptedLinear, write: bool) -> float:
     """Set the weight of a layer, which has kept its base, to the sum, if ``write``; return the relative error of rounding."""
     weight, base = layer.weight.detach(), layer.miss_base
     largest = abs(layer.scale) * _largest(layer.miss_D.detach()) if weight.numel() else 0.0
-    unit = largest if largest and not 1e-8 < largest < 1e8 else 1.0  # or squares would leave the range of fp32
+    unit = (
+        largest if largest and not 1e-8 < largest < 1e8 else 1.0
+    )  # or squares would leave the range of fp32
     lost2 = size2 = 0.0
     with torch.inference_mode(False), torch.no_grad():
         for rows, delta in _deltas(layer):
@@ -208,7 +233,10 @@ def _not_finite(layer: AdaptedLinear) -> str | None:
     bound = _largest(weight) + abs(layer.scale) * largest  # cheap, and nearly always enough
     if bound <= torch.finfo(weight.dtype).max:
         return None
-    if not all(torch.isfinite((weight[rows] + delta).to(weight.dtype)).all() for rows, delta in _deltas(layer)):
+    if not all(
+        torch.isfinite((weight[rows] + delta).to(weight.dtype)).all()
+        for rows, delta in _deltas(layer)
+    ):
         return f"the sum of weight and delta is not finite in {weight.dtype}"
     return None
 
@@ -222,14 +250,24 @@ def _owners(model: nn.Module) -> dict[tuple[torch.device, int], list[tuple[str, 
     """By storage, each tensor that a module of the model holds, with its full name."""
     owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
     for name, module in instances(model, nn.Module).items():
-        for key, value in [*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()]:
-            if type(value) in (nn.Parameter, Tensor) and value.layout == torch.strided and not value.is_meta:
+        for key, value in [
+            *module._parameters.items(),
+            *module._buffers.items(),
+            *module.__dict__.items(),
+        ]:
+            if (
+                type(value) in (nn.Parameter, Tensor)
+                and value.layout == torch.strided
+                and not value.is_meta
+            ):
                 storage = value.device, value.untyped_storage().data_ptr()
                 owners.setdefault(storage, []).append((joined(name, key), value))
     return owners
 
 
-def _tied(name: str, weight: Tensor, owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]]) -> str | None:
+def _tied(
+    name: str, weight: Tensor, owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]]
+) -> str | None:
     if weight.is_meta:
         return None
     for owner, other in owners[weight.device, weight.untyped_storage().data_ptr()]:

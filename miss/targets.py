@@ -13,7 +13,17 @@ from torch import nn
 
 from miss.errors import TargetError, explain
 
-__all__ = ["Selection", "Target", "Targets", "instances", "joined", "resolve", "select", "unwrapped", "walk"]
+__all__ = [
+    "Selection",
+    "Target",
+    "Targets",
+    "instances",
+    "joined",
+    "resolve",
+    "select",
+    "unwrapped",
+    "walk",
+]
 
 Target: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Iterable[Target]"
@@ -21,7 +31,9 @@ M = TypeVar("M", bound=nn.Module)
 Matcher: TypeAlias = Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
-MOST_NAMES = 1000  # of one module; modules that refer to each other in circles have names without end
+MOST_NAMES = (
+    1000  # of one module; modules that refer to each other in circles have names without end
+)
 
 
 @dataclass(frozen=True)
@@ -101,13 +113,19 @@ def select(
     skipped: dict[int, tuple[nn.Module, str]] = {}
     wanted = _listed(targets, "targets")
     if not wanted:
-        raise TargetError(explain("targets", "must name at least one module", expected=_FORMS, actual=repr(targets)))
+        raise TargetError(
+            explain(
+                "targets", "must name at least one module", expected=_FORMS, actual=repr(targets)
+            )
+        )
     for target in wanted:
         matches = _matcher(target, head | set(trained))
         hits = {id(module): module for name, module in tree if matches(name, module)}
         refused = {key: reason for key in hits if (reason := layers.get(key)) is not None}
         usable = {
-            key: module for key, module in hits.items() if isinstance(module, nn.Linear) and key in layers and key not in refused
+            key: module
+            for key, module in hits.items()
+            if isinstance(module, nn.Linear) and key in layers and key not in refused
         }
         meant = [key for key in refused if key not in excluded]
         if meant and _is_plain(target):
@@ -119,9 +137,13 @@ def select(
         skipped.update((key, (hits[key], refused[key])) for key in meant)
     if not adapt:
         rule = "nothing is left to adapt: exclude covers all that targets match"
-        raise TargetError(explain("exclude", rule, actual=f"targets={targets!r}, exclude={exclude!r}"))
+        raise TargetError(
+            explain("exclude", rule, actual=f"targets={targets!r}, exclude={exclude!r}")
+        )
     return Selection(
-        adapt=sorted(((first[key], linear) for key, linear in adapt.items()), key=lambda pair: pair[0]),
+        adapt=sorted(
+            ((first[key], linear) for key, linear in adapt.items()), key=lambda pair: pair[0]
+        ),
         skipped=list(skipped.values()),
         trainable=list(trained.values()),
     )
@@ -150,22 +172,33 @@ def _walk(
     visits[id(module)] += 1
     if visits[id(module)] > MOST_NAMES:
         return
-    found.append((name, module))  # a list, as nested generators would pass each module up through every level
+    found.append(
+        (name, module)
+    )  # a list, as nested generators would pass each module up through every level
     wrapped = _wrapped_child(module, wrappers)
     above.add(id(module))
     for key, child in module._modules.items():
         if child is not None and id(child) not in above:
-            _walk(child, name if key == wrapped else joined(name, key), above, visits, wrappers, found)
+            _walk(
+                child, name if key == wrapped else joined(name, key), above, visits, wrappers, found
+            )
     above.remove(id(module))
 
 
 def _wrappers() -> dict[type, str]:
     """The transparent wrappers, and the attribute under which each keeps the module that it wraps."""
-    kinds: dict[type, str] = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module"}
+    kinds: dict[type, str] = {
+        nn.DataParallel: "module",
+        nn.parallel.DistributedDataParallel: "module",
+    }
     # Types that are costly to import; where their module was never loaded there is no instance of them.
     for home, kind, key in (
         ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-        ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+        (
+            "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+            "ActivationWrapper",
+            "_checkpoint_wrapped_module",
+        ),
     ):
         if home in sys.modules:
             kinds[getattr(sys.modules[home], kind)] = key
@@ -185,13 +218,17 @@ def _listed(targets: Targets, argument: str) -> list[Target]:
     if isinstance(targets, Iterable) and not isinstance(targets, str) and not callable(targets):
         items = list(targets)
     for item in items:
-        known = isinstance(item, str) or (isinstance(item, re.Pattern) and isinstance(item.pattern, str))
+        known = isinstance(item, str) or (
+            isinstance(item, re.Pattern) and isinstance(item.pattern, str)
+        )
         if isinstance(item, type):
             known = issubclass(item, nn.Module)
         elif callable(item):
             known = not isinstance(item, nn.Module)
         if not known:
-            raise TargetError(explain(argument, "unknown form of target", expected=_FORMS, actual=repr(item)))
+            raise TargetError(
+                explain(argument, "unknown form of target", expected=_FORMS, actual=repr(item))
+            )
     return items
 
 
@@ -221,7 +258,9 @@ def _output_head(model: nn.Module) -> set[int]:
     return {id(head)} if isinstance(head, nn.Module) else set()
 
 
-def _subtrees(tree: list[tuple[str, nn.Module]], targets: Targets, argument: str, not_linear: set[int]) -> dict[int, nn.Module]:
+def _subtrees(
+    tree: list[tuple[str, nn.Module]], targets: Targets, argument: str, not_linear: set[int]
+) -> dict[int, nn.Module]:
     """The modules that ``exclude`` or ``trainable`` stands for, by id: what it matches and everything inside."""
     found: dict[int, nn.Module] = {}
     for target in _listed(targets, argument):
@@ -242,16 +281,25 @@ def _no_match(
     refused: dict[int, str],
 ) -> str:
     """Why ``target`` gives no layer to adapt: what it did match, or the names that come nearest."""
-    where, names = f"target {_shown(target)}", [name for name, module in tree if layers.get(id(module), "") is None]
+    where, names = (
+        f"target {_shown(target)}",
+        [name for name, module in tree if layers.get(id(module), "") is None],
+    )
     if refused:
         key, reason = next(iter(refused.items()))
         first = next(name for name, module in tree if id(module) == key)
-        return explain(where, f"matches no layer that can be adapted; {first or 'the model'} {reason}")
+        return explain(
+            where, f"matches no layer that can be adapted; {first or 'the model'} {reason}"
+        )
     if hits:
         kinds = ", ".join(sorted({type(module).__name__ for module in hits.values()}))
-        return explain(where, "matches no torch.nn.Linear", actual=kinds, do=_nearest(target, names))
+        return explain(
+            where, "matches no torch.nn.Linear", actual=kinds, do=_nearest(target, names)
+        )
     others = {type(module).__name__ for _, module in tree if layers.get(id(module)) is not None}
-    actual = f"linear layers that cannot be adapted: {', '.join(sorted(others))}" if others else None
+    actual = (
+        f"linear layers that cannot be adapted: {', '.join(sorted(others))}" if others else None
+    )
     return explain(where, "matches nothing", actual=actual, do=_nearest(target, names))
 
 

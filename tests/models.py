@@ -10,7 +10,11 @@ class Attention(nn.Module):
 
     def __init__(self, width: int = 8):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -24,7 +28,9 @@ class Block(nn.Module):
     def __init__(self, width: int = 8):
         super().__init__()
         self.norm, self.self_attn = nn.LayerNorm(width), Attention(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(x + self.self_attn(self.norm(x)))
@@ -51,7 +57,9 @@ class Decoder(nn.Module):
             if self.checkpointing is None:
                 x = layer(x)
             else:
-                x = checkpoint(layer, x.requires_grad_(), use_reentrant=self.checkpointing == "reentrant")
+                x = checkpoint(
+                    layer, x.requires_grad_(), use_reentrant=self.checkpointing == "reentrant"
+                )
         return self.lm_head(x)
 
 
@@ -62,8 +70,25 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     """All that must be as before when something fails or is undone: types, identities, flags, hooks, attributes, values."""
     state: dict[str, object] = {"keys": list(model.state_dict())}
     for name, module in model.named_modules(remove_duplicate=False):
-        plain = {k: v for k, v in module.__dict__.items() if not k.startswith("_") or k.startswith("_miss")}
-        state[name] = (type(module), id(module), plain, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+        plain = {
+            k: v
+            for k, v in module.__dict__.items()
+            if not k.startswith("_") or k.startswith("_miss")
+        }
+        state[name] = (
+            type(module),
+            id(module),
+            plain,
+            dict(module._forward_hooks),
+            dict(module._forward_pre_hooks),
+        )
     for name, p in model.named_parameters(remove_duplicate=False):
-        state[f"{name} parameter"] = (id(p), p.requires_grad, p.dtype, p.device, p._version, p.detach().tolist())
+        state[f"{name} parameter"] = (
+            id(p),
+            p.requires_grad,
+            p.dtype,
+            p.device,
+            p._version,
+            p.detach().tolist(),
+        )
     return state

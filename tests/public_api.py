@@ -13,7 +13,15 @@ SNAPSHOT = pathlib.Path(__file__).parent / "public_api.txt"
 # Beside the names in `__all__`: the base class of the layers, and what public functions return.
 BESIDE = (AdaptedLinear, IncompatibleKeys, LayerSummary)
 # Methods that the rest of the package uses, and nobody else should.
-INTERNAL = {"adapter_shape", "check_rank", "dense", "extra_repr", "new_adapter", "swap_", "swap_back_"}
+INTERNAL = {
+    "adapter_shape",
+    "check_rank",
+    "dense",
+    "extra_repr",
+    "new_adapter",
+    "swap_",
+    "swap_back_",
+}
 INTERNAL |= {"add_delta", "expand", "fused"}
 
 
@@ -28,8 +36,16 @@ def public() -> dict[str, object]:
                 rooms.append(value)
     for name, value in list(found.items()):
         if inspect.isclass(value):
-            members = [(key, getattr(value, key)) for key in vars(value) if not key.startswith("_") and key not in INTERNAL]
-            found |= {f"{name}.{key}": each for key, each in members if inspect.isroutine(each) or isinstance(each, property)}
+            members = [
+                (key, getattr(value, key))
+                for key in vars(value)
+                if not key.startswith("_") and key not in INTERNAL
+            ]
+            found |= {
+                f"{name}.{key}": each
+                for key, each in members
+                if inspect.isroutine(each) or isinstance(each, property)
+            }
     return dict(sorted(found.items()))
 
 

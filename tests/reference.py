@@ -16,17 +16,32 @@ def delta(method: str, d: Tensor, out_features: int, in_features: int) -> Tensor
     """The dense delta at scale 1, entry by entry."""
     if method == "misse":  # column c is D[:, c mod r]
         rank = d.shape[1]
-        return torch.stack([torch.stack([d[o, c % rank] for c in range(in_features)]) for o in range(out_features)])
-    shard_of = [shard for shard, size in enumerate(shard_sizes(out_features, d.shape[0])) for _ in range(size)]
-    return torch.stack([torch.stack([d[shard_of[o], c] for c in range(in_features)]) for o in range(out_features)])
+        return torch.stack(
+            [torch.stack([d[o, c % rank] for c in range(in_features)]) for o in range(out_features)]
+        )
+    shard_of = [
+        shard
+        for shard, size in enumerate(shard_sizes(out_features, d.shape[0]))
+        for _ in range(size)
+    ]
+    return torch.stack(
+        [torch.stack([d[shard_of[o], c] for c in range(in_features)]) for o in range(out_features)]
+    )
 
 
 def factor(method: str, rank: int, out_features: int, in_features: int) -> Tensor:
     """The frozen 0/1 factor that makes the form a LoRA: A, ``(r, in)``, of MiSSe, or B, ``(out, r)``, of MiSS."""
     if method == "misse":
-        return torch.tensor([[float(c % rank == j) for c in range(in_features)] for j in range(rank)], dtype=torch.float64)
-    shard_of = [shard for shard, size in enumerate(shard_sizes(out_features, rank)) for _ in range(size)]
-    return torch.tensor([[float(shard == j) for j in range(rank)] for shard in shard_of], dtype=torch.float64)
+        return torch.tensor(
+            [[float(c % rank == j) for c in range(in_features)] for j in range(rank)],
+            dtype=torch.float64,
+        )
+    shard_of = [
+        shard for shard, size in enumerate(shard_sizes(out_features, rank)) for _ in range(size)
+    ]
+    return torch.tensor(
+        [[float(shard == j) for j in range(rank)] for shard in shard_of], dtype=torch.float64
+    )
 
 
 def sharded(method: str, x: Tensor, d: Tensor, out_features: int) -> Tensor:
@@ -42,7 +57,9 @@ def sharded(method: str, x: Tensor, d: Tensor, out_features: int) -> Tensor:
     return torch.stack(rows)
 
 
-def output(method: str, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+def output(
+    method: str, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
+) -> Tensor:
     """``x (W0 + scale * expand(D))^T + b`` in the dtype of the arguments; call it with float64."""
     y = x @ (weight + scale * delta(method, d, *weight.shape)).T
     return y if bias is None else y + bias

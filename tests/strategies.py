@@ -28,7 +28,9 @@ class Case:
     leading: tuple[int, ...]
     seed: int
 
-    def layer(self, dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None = None) -> nn.Linear:
+    def layer(
+        self, dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None = None
+    ) -> nn.Linear:
         """The layer, with a random D."""
         torch.manual_seed(self.seed)
         layer = FORMS[self.method](
@@ -49,7 +51,10 @@ class Case:
         return torch.randn(*self.leading, self.in_features, dtype=torch.float64).to(dtype)
 
 
-RAGGED = [Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0), Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0)]
+RAGGED = [
+    Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0),
+    Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0),
+]
 ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
 
 
@@ -81,25 +86,35 @@ def tolerance(dtype: torch.dtype, magnitude: Tensor, terms: int) -> Tensor:
     half = dtype in (torch.float16, torch.bfloat16)
     accumulator = torch.finfo(torch.float32 if half else dtype).eps
     bound = (8 * torch.finfo(dtype).eps + terms * accumulator) * magnitude
-    return bound + 8 * terms * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (1 + magnitude)
+    return bound + 8 * terms * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (
+        1 + magnitude
+    )
 
 
 def assert_equals_oracle(case: Case, layer: nn.Linear, x: Tensor) -> None:
     """Output, gradient of the input, gradient of D, and the output with the delta merged, for a random gradient of the output."""
     dtype, x = x.dtype, x.detach().requires_grad_()
     y = layer(x)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64).to(dtype)
+    g = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64
+    ).to(dtype)
     grad_x, grad_d = torch.autograd.grad(y, (x, layer.miss_D), g)
 
     w, b = layer.weight.double(), None if layer.bias is None else layer.bias.double()
-    x64, d64, g64 = x.detach().double().requires_grad_(), layer.miss_D.detach().double().requires_grad_(), g.double()
+    x64, d64, g64 = (
+        x.detach().double().requires_grad_(),
+        layer.miss_D.detach().double().requires_grad_(),
+        g.double(),
+    )
     exact = reference.output(case.method, x64, w, b, d64, case.scale)
     exact_x, exact_d = torch.autograd.grad(exact, (x64, d64), g64, allow_unused=True)
     exact_d = torch.zeros_like(d64) if exact_d is None else exact_d
 
     # The same sums over absolute values bound the rounding.
     ax, ad, ag = x64.detach().abs().requires_grad_(), d64.detach().abs().requires_grad_(), g64.abs()
-    size = reference.output(case.method, ax, w.abs(), None if b is None else b.abs(), ad, abs(case.scale))
+    size = reference.output(
+        case.method, ax, w.abs(), None if b is None else b.abs(), ad, abs(case.scale)
+    )
     size_x, size_d = torch.autograd.grad(size, (ax, ad), ag, allow_unused=True)
     size_d = torch.zeros_like(ad) if size_d is None else size_d
     terms = case.in_features + case.out_features + x.numel() + 1

@@ -23,11 +23,15 @@ def adapted_decoder(method: str = "misse", **options: object) -> Decoder:
 
 
 def test_summary_counts():
-    model = nn.Sequential(nn.Linear(8, 16), nn.MultiheadAttention(16, 2), nn.LayerNorm(16), nn.Linear(16, 3))
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.MultiheadAttention(16, 2), nn.LayerNorm(16), nn.Linear(16, 3)
+    )
     inject(model, "*", rank=4, method="miss", exclude="3", trainable=nn.LayerNorm)
     result = summary(model)
     base = sum(p.numel() for p in Decoder().parameters())
-    assert [(r.name, r.shape, r.method, r.rank, r.trainable) for r in result.layers] == [("0", (16, 8), "miss", 4, 32)]
+    assert [(r.name, r.shape, r.method, r.rank, r.trainable) for r in result.layers] == [
+        ("0", (16, 8), "miss", 4, 32)
+    ]
     assert result.total == sum(p.numel() for p in model.parameters())
     assert (result.trainable, result.adapter, result.adapted_base) == (64, 32, 16 * 8 + 16)
     assert result.other_trainable == {"2": 32}
@@ -141,7 +145,9 @@ def test_verify_names_what_was_not_called_and_leaves_no_trace():
     model = inject(Normed(), "all-linear", rank=2)
     x, buffers = torch.randn(5, 4), {name: (id(b), b.clone()) for name, b in model.named_buffers()}
     random = torch.get_rng_state()
-    with pytest.raises(StateError, match=r"(?s)1 of 3 adapters were not called.*actual:   unused\n"):
+    with pytest.raises(
+        StateError, match=r"(?s)1 of 3 adapters were not called.*actual:   unused\n"
+    ):
         verify(model, x)
     with pytest.raises(TypeError):
         verify(model, x, wrong=1)
@@ -157,7 +163,9 @@ def test_verify_names_what_was_not_called_and_leaves_no_trace():
 
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("compiled", [None, "wrapper", "in place"])
-def test_verify_on_compiled_and_checkpointed_models(checkpointing: str | None, compiled: str | None):
+def test_verify_on_compiled_and_checkpointed_models(
+    checkpointing: str | None, compiled: str | None
+):
     torch._dynamo.reset()
     model = adapted_decoder(checkpointing=checkpointing)
     callee = torch.compile(model, backend="eager") if compiled == "wrapper" else model

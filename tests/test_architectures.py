@@ -15,15 +15,29 @@ SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "v
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor]]] = {
     "llama": (
         lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**SIZES, num_key_value_heads=1, intermediate_size=20, tie_word_embeddings=True)
+            transformers.LlamaConfig(
+                **SIZES, num_key_value_heads=1, intermediate_size=20, tie_word_embeddings=True
+            )
         ),
         TOKENS,
     ),
-    "gpt_neox": (lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, intermediate_size=20)), TOKENS),
-    "bert": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, intermediate_size=20)), TOKENS),
+    "gpt_neox": (
+        lambda: transformers.GPTNeoXForCausalLM(
+            transformers.GPTNeoXConfig(**SIZES, intermediate_size=20)
+        ),
+        TOKENS,
+    ),
+    "bert": (
+        lambda: transformers.BertForMaskedLM(
+            transformers.BertConfig(**SIZES, intermediate_size=20)
+        ),
+        TOKENS,
+    ),
     "t5": (
         lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(d_model=12, d_kv=6, d_ff=20, num_layers=2, num_heads=2, vocab_size=31)
+            transformers.T5Config(
+                d_model=12, d_kv=6, d_ff=20, num_layers=2, num_heads=2, vocab_size=31
+            )
         ),
         TOKENS | {"decoder_input_ids": TOKENS["input_ids"]},
     ),
@@ -49,7 +63,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor]]] = {
 def test_every_linear_layer(name: str, method: str):
     build, inputs = MODELS[name]
     torch.manual_seed(0)
-    model = build().eval().requires_grad_(False)  # frozen, since torch chooses attention kernels by that flag
+    model = (
+        build().eval().requires_grad_(False)
+    )  # frozen, since torch chooses attention kernels by that flag
     before, base = snapshot(model), model(**inputs).logits
     inject(model, "all-linear", rank=5, method=method)
     head = model.get_output_embeddings()
@@ -62,7 +78,9 @@ def test_every_linear_layer(name: str, method: str):
     tuned = model(**inputs).logits
     assert not torch.equal(tuned, base)
     tuned.square().mean().backward()
-    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.grad is not None} == {"miss_D"}
+    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.grad is not None} == {
+        "miss_D"
+    }
     with disabled(model):
         assert torch.equal(model(**inputs).logits, base)
     eject(model)

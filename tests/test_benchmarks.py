@@ -13,7 +13,9 @@ from measure import interleaved, peak_bytes, ratios
 from miss import adapted_modules
 
 
-@pytest.mark.parametrize("shape", [Shape(96, 80), Shape(100, 70), Shape(96, 80, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(96, 80), Shape(100, 70), Shape(96, 80, torch.bfloat16)], ids=str
+)
 def test_competitors_compute_one_function_and_a_wrong_one_is_found(shape: Shape):
     layers = layer_cost.competitors(shape)
     torch.nn.init.normal_(layers[PEER].miss_block["default"])
@@ -36,7 +38,12 @@ def test_layer_cost_reports_every_competitor():
 
 def test_model_cost_on_a_small_model():
     config = LlamaConfig(
-        vocab_size=97, hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True
+        vocab_size=97,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
     )
     base = LlamaForCausalLM(config).train()
     training = model_cost.training(base, torch.float32, 2)
@@ -52,7 +59,13 @@ def test_model_cost_on_a_small_model():
 
 
 def test_a_wrong_adapter_in_a_model_is_found():
-    config = LlamaConfig(vocab_size=97, hidden_size=96, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     base = LlamaForCausalLM(config).train()
     ways = model_cost.injections(model_cost.equal_ranks(base))
     models = {name: ways[name](copy.deepcopy(base)) for name in (OURS, PEER)}

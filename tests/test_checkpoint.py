@@ -45,13 +45,20 @@ suffixes = pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 
 def same_adapters(one: nn.Module, other: nn.Module) -> bool:
     a, b = adapter_state_dict(one), adapter_state_dict(other)
-    return list(a) == list(b) and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+    return list(a) == list(b) and all(
+        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a
+    )
 
 
 @suffixes
 @given(case=cases(), dtype=st.sampled_from(DTYPES), dropout=st.sampled_from([0.0, 0.25]))
-def test_a_lone_layer_goes_through_a_file(tmp_path_factory, suffix: str, case: Case, dtype: torch.dtype, dropout: float):
-    layer, path = case.layer(torch.float64, dtype), tmp_path_factory.getbasetemp() / f"layer{suffix}"
+def test_a_lone_layer_goes_through_a_file(
+    tmp_path_factory, suffix: str, case: Case, dtype: torch.dtype, dropout: float
+):
+    layer, path = (
+        case.layer(torch.float64, dtype),
+        tmp_path_factory.getbasetemp() / f"layer{suffix}",
+    )
     layer.dropout = dropout
     save(layer, path)
     base = eject(copy.deepcopy(layer))
@@ -64,7 +71,9 @@ def test_a_lone_layer_goes_through_a_file(tmp_path_factory, suffix: str, case: C
 
 @suffixes
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_model_of_both_forms_goes_through_a_file(tmp_path: pathlib.Path, suffix: str, merged: bool):
+def test_a_model_of_both_forms_goes_through_a_file(
+    tmp_path: pathlib.Path, suffix: str, merged: bool
+):
     torch.manual_seed(0)
     model, path = Decoder(), tmp_path / f"adapter{suffix}"
     base = copy.deepcopy(model)
@@ -80,7 +89,9 @@ def test_a_model_of_both_forms_goes_through_a_file(tmp_path: pathlib.Path, suffi
     for loaded in (fresh, again):
         assert same_adapters(loaded, model)
         assert torch.equal(loaded.eval()(TOKENS), on)
-        assert all(p.requires_grad == name.endswith("miss_D") for name, p in loaded.named_parameters())
+        assert all(
+            p.requires_grad == name.endswith("miss_D") for name, p in loaded.named_parameters()
+        )
     perturb(fresh)
     assert not same_adapters(fresh, model)
     assert load(fresh, path) is fresh
@@ -116,7 +127,9 @@ class Classifier(nn.Module):
 @suffixes
 @pytest.mark.parametrize("targets", ["encoder.*", ["encoder.*", "head.1"]])
 @pytest.mark.parametrize("extra", ["head", ["head"], ["head.0", "head.1"]])
-def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suffix: str, targets: object, extra: object):
+def test_extra_modules_come_back_with_their_buffers(
+    tmp_path: pathlib.Path, suffix: str, targets: object, extra: object
+):
     torch.manual_seed(0)
     model = Classifier()
     base = copy.deepcopy(model)
@@ -132,7 +145,9 @@ def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suff
     loaded = load(copy.deepcopy(base), tmp_path / f"a{suffix}").eval()
     assert torch.equal(loaded(x), on)
     assert all(p.requires_grad for p in loaded.head.parameters())
-    assert not any(p.requires_grad for n, p in loaded.encoder.named_parameters() if "miss_D" not in n)
+    assert not any(
+        p.requires_grad for n, p in loaded.encoder.named_parameters() if "miss_D" not in n
+    )
     unmerge(model)
     nn.init.zeros_(model.head[1].bias)
     assert torch.equal(load(model, tmp_path / f"a{suffix}")(x), on)
@@ -142,9 +157,15 @@ def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suff
     ("change", "message"),
     [
         (lambda m: setattr(m, "head", nn.Identity()), r"7 unexpected: head\.0\.bias"),
-        (lambda m: m.head.__setitem__(1, nn.Linear(6, 4)), r"head.1.* has another shape or dtype\n  expected: \(4"),
+        (
+            lambda m: m.head.__setitem__(1, nn.Linear(6, 4)),
+            r"head.1.* has another shape or dtype\n  expected: \(4",
+        ),
         (lambda m: m.head.double(), r"head.* has another shape or dtype\n  expected: .*float64"),
-        (lambda m: m.encoder.__setitem__(2, nn.Linear(6, 5)), r"the weight of module 'encoder.2' has another shape"),
+        (
+            lambda m: m.encoder.__setitem__(2, nn.Linear(6, 5)),
+            r"the weight of module 'encoder.2' has another shape",
+        ),
         (
             lambda m: m.encoder.__setitem__(2, nn.Identity()),
             "module 'encoder.2' of the model cannot be adapted: it is a Identity",
@@ -153,16 +174,24 @@ def test_extra_modules_come_back_with_their_buffers(tmp_path: pathlib.Path, suff
         (lambda m: m.encoder.__setitem__(2, m.encoder[0]), "two adapters are for one module"),
         (lambda m: inject(m, "encoder.0", rank=2), r"1 unexpected: encoder\.2\.miss_D"),
         (lambda m: inject(m, ["encoder.*", "head.1"], rank=2), r"1 missing: head\.1\.miss_D"),
-        (lambda m: inject(m, "encoder.*", rank=3), "the rank of 'encoder.0' is not the model's\n  expected: 3\n  actual:   2"),
+        (
+            lambda m: inject(m, "encoder.*", rank=3),
+            "the rank of 'encoder.0' is not the model's\n  expected: 3\n  actual:   2",
+        ),
         (lambda m: inject(m, "encoder.*", rank=2, method="miss"), "the method of 'encoder.0'"),
         (lambda m: inject(m, "encoder.*", rank=2, scale=2.0), "the scale of 'encoder.0'"),
-        (lambda m: inject(m, "encoder.*", rank=2, adapter_dtype=torch.float64), "encoder.0.miss_D has another shape or dtype"),
+        (
+            lambda m: inject(m, "encoder.*", rank=2, adapter_dtype=torch.float64),
+            "encoder.0.miss_D has another shape or dtype",
+        ),
         (lambda m: m.encoder[2].to("meta"), "encoder.2.miss_D of the model is on the meta device"),
         (lambda m: m.head[1].to("meta"), "head.1.bias of the model is on the meta device"),
         (lambda m: merge(inject(m, "encoder.*", rank=2)), "is merged"),
     ],
 )
-def test_a_file_that_does_not_fit_the_model_changes_nothing(tmp_path: pathlib.Path, change, message: str):
+def test_a_file_that_does_not_fit_the_model_changes_nothing(
+    tmp_path: pathlib.Path, change, message: str
+):
     model = inject(Classifier(), "encoder.*", rank=2, trainable="head")
     perturb(model)
     save(model, tmp_path / "a.safetensors", extra="head")
@@ -197,21 +226,29 @@ def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: path
     with pytest.raises(StateError, match="the model has no adapter"):
         save(Classifier(), path)
     for wrong in ("a", "a.bin", "a.pt.gz", ".pt"):
-        with pytest.raises(CheckpointError, match=r"expected: \.safetensors \(recommended\) or \.pt"):
+        with pytest.raises(
+            CheckpointError, match=r"expected: \.safetensors \(recommended\) or \.pt"
+        ):
             save(model, tmp_path / wrong)
         with pytest.raises(CheckpointError, match="suffix"):
             load(model, tmp_path / wrong)
     for value in (float("nan"), float("inf")):
         with torch.no_grad():
             model.encoder[2].miss_D[0, 0] = value
-        with pytest.raises(CheckpointError, match=r"encoder\.2\.miss_D has elements that are not finite"):
+        with pytest.raises(
+            CheckpointError, match=r"encoder\.2\.miss_D has elements that are not finite"
+        ):
             save(model, path)
         nn.init.zeros_(model.encoder[2].miss_D)
         model.encoder[2].scale = value
-        with pytest.raises(CheckpointError, match=r"encoder\.2: not the settings of an adapter\n.*scale="):
+        with pytest.raises(
+            CheckpointError, match=r"encoder\.2: not the settings of an adapter\n.*scale="
+        ):
             save(model, path)
     model.encoder[2].to("meta")
-    with pytest.raises(CheckpointError, match=r"encoder\.2\.miss_D is not an ordinary tensor with data"):
+    with pytest.raises(
+        CheckpointError, match=r"encoder\.2\.miss_D is not an ordinary tensor with data"
+    ):
         save(model, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -239,8 +276,13 @@ def test_safetensors_absent(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for call in (lambda: save(model, tmp_path / "b.safetensors"), lambda: load(Decoder(), tmp_path / "a.safetensors")):
-        with pytest.raises(ImportError, match=r"needs the package safetensors\n.*miss-torch\[files\].*\.pt"):
+    for call in (
+        lambda: save(model, tmp_path / "b.safetensors"),
+        lambda: load(Decoder(), tmp_path / "a.safetensors"),
+    ):
+        with pytest.raises(
+            ImportError, match=r"needs the package safetensors\n.*miss-torch\[files\].*\.pt"
+        ):
             call()
     save(model, tmp_path / "b.pt")
     assert same_adapters(load(Decoder(), tmp_path / "b.pt"), model)
@@ -266,13 +308,31 @@ def test_state_dicts_are_copies_and_go_back():
     [
         (lambda s: s.pop("layers.0.mlp.0.miss_D"), r"1 missing: layers\.0\.mlp\.0\.miss_D"),
         (lambda s: s.update(other=torch.zeros(1)), "1 unexpected: other"),
-        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(2, 2)}), r"another shape or dtype\n  expected: \(16, 2\)"),
-        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2).half()}), "another shape or dtype"),
-        (lambda s: s["layers.0.mlp.0.miss_D"].fill_(float("nan")), "layers.0.mlp.0.miss_D has elements that are not finite"),
+        (
+            lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(2, 2)}),
+            r"another shape or dtype\n  expected: \(16, 2\)",
+        ),
+        (
+            lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2).half()}),
+            "another shape or dtype",
+        ),
+        (
+            lambda s: s["layers.0.mlp.0.miss_D"].fill_(float("nan")),
+            "layers.0.mlp.0.miss_D has elements that are not finite",
+        ),
         (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(0, 2)}), "no elements"),
-        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2, device="meta")}), "not an ordinary tensor"),
-        (lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2).to_sparse()}), "not an ordinary tensor"),
-        (lambda s: s.update({"layers.0.mlp.0.miss_D": [[0.0, 0.0]] * 16}), "layers.0.mlp.0.miss_D is not a tensor"),
+        (
+            lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2, device="meta")}),
+            "not an ordinary tensor",
+        ),
+        (
+            lambda s: s.update({"layers.0.mlp.0.miss_D": torch.zeros(16, 2).to_sparse()}),
+            "not an ordinary tensor",
+        ),
+        (
+            lambda s: s.update({"layers.0.mlp.0.miss_D": [[0.0, 0.0]] * 16}),
+            "layers.0.mlp.0.miss_D is not a tensor",
+        ),
         (lambda s: s.update({3: torch.zeros(1)}), "1 unexpected: 3"),
     ],
 )
@@ -290,23 +350,40 @@ def test_not_strict_leaves_the_rest_alone_and_says_so():
     model = adapted_decoder()
     key, *others = adapter_state_dict(model)
     kept = adapter_state_dict(model)
-    result = load_adapter_state_dict(model, {key: torch.zeros_like(kept[key]), "other": torch.ones(1)}, strict=False)
+    result = load_adapter_state_dict(
+        model, {key: torch.zeros_like(kept[key]), "other": torch.ones(1)}, strict=False
+    )
     assert (result.missing_keys, result.unexpected_keys) == (others, ["other"])
     assert not adapter_state_dict(model)[key].any()
-    assert all(torch.equal(d, kept[key]) for key, d in adapter_state_dict(model).items() if key in others)
+    assert all(
+        torch.equal(d, kept[key]) for key, d in adapter_state_dict(model).items() if key in others
+    )
     merge(model)
     with pytest.raises(StateError, match="is merged"):
         load_adapter_state_dict(model, kept)
 
 
-@given(case=cases(), dtype=st.sampled_from(DTYPES), weights=st.lists(st.floats(-4, 4), min_size=1, max_size=4))
-def test_combining_adapters_combines_their_deltas(case: Case, dtype: torch.dtype, weights: list[float]):
-    layers = [Case(**{**vars(case), "seed": case.seed + n}).layer(torch.float64, dtype) for n in range(len(weights))]
+@given(
+    case=cases(),
+    dtype=st.sampled_from(DTYPES),
+    weights=st.lists(st.floats(-4, 4), min_size=1, max_size=4),
+)
+def test_combining_adapters_combines_their_deltas(
+    case: Case, dtype: torch.dtype, weights: list[float]
+):
+    layers = [
+        Case(**{**vars(case), "seed": case.seed + n}).layer(torch.float64, dtype)
+        for n in range(len(weights))
+    ]
     states = [adapter_state_dict(layer) for layer in layers]
     total = combine(zip(states, weights))
     exact = sum(w * layer.miss_D.detach().double() for layer, w in zip(layers, weights))
     size = sum(abs(w) * layer.miss_D.detach().double().abs() for layer, w in zip(layers, weights))
-    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float64).eps * size + torch.finfo(dtype).tiny
+    bound = (
+        torch.finfo(dtype).eps / 2 * exact.abs()
+        + 8 * torch.finfo(torch.float64).eps * size
+        + torch.finfo(dtype).tiny
+    )
     assert total["miss_D"].dtype == dtype
     assert ((total["miss_D"].double() - exact).abs() <= bound).all()
     assert all(torch.equal(state["miss_D"], layer.miss_D) for state, layer in zip(states, layers))
@@ -320,7 +397,10 @@ def test_combining_adapters_combines_their_deltas(case: Case, dtype: torch.dtype
         ([{"a": torch.ones(2)}], "needs .* pairs"),
         ({"a": torch.ones(2)}, "needs .* pairs"),
         ([(torch.ones(2), 1.0)], "needs .* pairs"),
-        ([({"a": torch.ones(2)}, 1.0), ({"b": torch.ones(2)}, 1.0)], "adapter 1: .*adapter 0\n.*1 missing: a; 1 unexpected: b"),
+        (
+            [({"a": torch.ones(2)}, 1.0), ({"b": torch.ones(2)}, 1.0)],
+            "adapter 1: .*adapter 0\n.*1 missing: a; 1 unexpected: b",
+        ),
         (
             [({"a": torch.ones(2)}, 1.0), ({"a": torch.ones(3)}, 1.0)],
             r"adapter 1: a has another shape or dtype\n.*\(2,\).*\n.*\(3,\)",
@@ -329,7 +409,10 @@ def test_combining_adapters_combines_their_deltas(case: Case, dtype: torch.dtype
         ([({"a": torch.ones(2)}, float("nan"))], "finite number\n  actual:   nan"),
         ([({"a": torch.ones(2)}, True)], "finite number"),
         ([({"a": torch.ones(2)}, "1")], "finite number"),
-        ([({"a": torch.tensor([float("inf")])}, 1.0)], "adapter 0: a has elements that are not finite"),
+        (
+            [({"a": torch.tensor([float("inf")])}, 1.0)],
+            "adapter 0: a has elements that are not finite",
+        ),
         ([({"a": torch.tensor([3e38])}, 2.0)], "the sum: a has elements that are not finite"),
         ([({"a": torch.ones(0)}, 1.0)], "no elements"),
     ],
@@ -345,7 +428,13 @@ def test_a_process_of_its_own_loads_the_file(tmp_path: pathlib.Path):
     save(layer, tmp_path / "a.pt")
     code = "import sys, torch, miss; print(miss.load(torch.nn.Linear(4, 3), sys.argv[1]).miss_D.tolist())"
     root = pathlib.Path(miss.__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.pt"], capture_output=True, text=True, check=True, cwd=root)
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.pt"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+    )
     assert json.loads(run.stdout) == layer.miss_D.tolist()
 
 
@@ -372,7 +461,10 @@ def test_two_tensors_do_not_go_into_one(tmp_path: pathlib.Path):
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     tied[2].weight = tied[1].weight
     before = snapshot(tied)
-    with pytest.raises(CheckpointError, match=r"2\.weight and 1\.weight are one tensor|1\.weight and 2\.weight are one tensor"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"2\.weight and 1\.weight are one tensor|1\.weight and 2\.weight are one tensor",
+    ):
         load(tied, tmp_path / "a.pt")
     assert snapshot(tied) == before
 
@@ -387,7 +479,9 @@ def test_a_pruned_adapter_is_not_taken_for_one(tmp_path: pathlib.Path):
         lambda: save(model, tmp_path / "a.pt"),
         lambda: merge(model),
     ):
-        with pytest.raises(StateError, match=r"1: .*its miss_D is no parameter of its own any more"):
+        with pytest.raises(
+            StateError, match=r"1: .*its miss_D is no parameter of its own any more"
+        ):
             call()
 
 

@@ -38,7 +38,9 @@ def model() -> nn.Sequential:
     return adapted
 
 
-def assert_refused_or_the_same(path: pathlib.Path, model: nn.Module, message: str | None = None) -> bool:
+def assert_refused_or_the_same(
+    path: pathlib.Path, model: nn.Module, message: str | None = None
+) -> bool:
     """Load into a base model and into an adapted one; whether the file was refused."""
     other = copy.deepcopy(model)
     perturb(other)
@@ -105,13 +107,25 @@ def put_field(field: str, value: object):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, a: t.update({"0.miss_E": t.pop("0.miss_D")}), "1 missing: 0.miss_D; 1 unexpected: 0.miss_E"),
+        (
+            lambda t, a: t.update({"0.miss_E": t.pop("0.miss_D")}),
+            "1 missing: 0.miss_D; 1 unexpected: 0.miss_E",
+        ),
         (put("2.miss_D", torch.zeros(1)), "1 unexpected: 2.miss_D"),
         (lambda t, a: t.pop("1.miss_D") is None, "1 missing: 1.miss_D"),
-        (put("0.miss_D", torch.zeros(3, 4)), "0.miss_D does not fit its metadata\n  expected: (3, 2)\n  actual:   (3, 4)"),
-        (put("0.miss_D", torch.zeros(3, 2, dtype=torch.int32)), "0.miss_D does not fit its metadata"),
+        (
+            put("0.miss_D", torch.zeros(3, 4)),
+            "0.miss_D does not fit its metadata\n  expected: (3, 2)\n  actual:   (3, 4)",
+        ),
+        (
+            put("0.miss_D", torch.zeros(3, 2, dtype=torch.int32)),
+            "0.miss_D does not fit its metadata",
+        ),
         (put("0.miss_D", torch.zeros(3, 2).half()), "checksum"),
-        (put("0.miss_D", torch.full((3, 2), torch.nan)), "0.miss_D has elements that are not finite"),
+        (
+            put("0.miss_D", torch.full((3, 2), torch.nan)),
+            "0.miss_D has elements that are not finite",
+        ),
         (put("0.miss_D", torch.zeros(3, 0)), "0.miss_D has no elements"),
         (put("0.miss_D", torch.zeros(3, 2)), "content does not match its checksum"),
         (lambda t, a: "{", "is not JSON"),
@@ -119,19 +133,31 @@ def put_field(field: str, value: object):
         (lambda t, a: "[]", "no format version"),
         (lambda t, a: a.pop("format") and None, "no format version"),
         (lambda t, a: a.update(format=True), "no format version"),
-        (lambda t, a: a.update(format=2, version="9.0"), "newer version of this package (9.0)\n  expected: format 1 or lower"),
+        (
+            lambda t, a: a.update(format=2, version="9.0"),
+            "newer version of this package (9.0)\n  expected: format 1 or lower",
+        ),
         (lambda t, a: a.pop("modules") and None, "lists no adapted modules"),
         (lambda t, a: a.update(modules={}), "lists no adapted modules"),
         (lambda t, a: a.update(extra=[1]), "lists no extra tensors"),
-        (lambda t, a: a["modules"].update({"0": 3}), "metadata of module '0': not the settings of an adapter"),
-        (lambda t, a: a["modules"]["0"].pop("rank") and None, "metadata of module '0': not the settings of an adapter"),
+        (
+            lambda t, a: a["modules"].update({"0": 3}),
+            "metadata of module '0': not the settings of an adapter",
+        ),
+        (
+            lambda t, a: a["modules"]["0"].pop("rank") and None,
+            "metadata of module '0': not the settings of an adapter",
+        ),
         (put_field("other", 1), "metadata of module '0': not the settings of an adapter"),
         (put_field("rank", 2.0), "metadata of module '0': not the settings of an adapter"),
         (put_field("rank", 6), "metadata of module '0': not the settings of an adapter"),
         (put_field("rank", 0), "metadata of module '0': not the settings of an adapter"),
         (put_field("method", "mist"), "metadata of module '0': not the settings of an adapter"),
         (put_field("method", ["misse"]), "metadata of module '0': not the settings of an adapter"),
-        (put_field("scale", float("nan")), "metadata of module '0': not the settings of an adapter"),
+        (
+            put_field("scale", float("nan")),
+            "metadata of module '0': not the settings of an adapter",
+        ),
         (put_field("scale", "1"), "metadata of module '0': not the settings of an adapter"),
         (put_field("dropout", 1.0), "metadata of module '0': not the settings of an adapter"),
         (put_field("shape", [3]), "metadata of module '0': not the settings of an adapter"),
@@ -140,7 +166,10 @@ def put_field(field: str, value: object):
         (put_field("rows", 0), "metadata of module '0': not the settings of an adapter"),
         (put_field("rows", True), "metadata of module '0': not the settings of an adapter"),
         (put_field("rows", 1), "0.miss_D does not fit its metadata"),
-        (lambda t, a: a["modules"]["1"].update(rows=1), "metadata of module '1': not the settings of an adapter"),
+        (
+            lambda t, a: a["modules"]["1"].update(rows=1),
+            "metadata of module '1': not the settings of an adapter",
+        ),
         (put_field("shape", [30, 5]), "0.miss_D does not fit its metadata"),
         (put_field("scale", 2.0), "checksum"),
         (lambda t, a: a.update(version="0.0.1"), "checksum"),
@@ -207,7 +236,10 @@ def test_other_contents_of_a_pt_file(tmp_path: pathlib.Path, model: nn.Module, c
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_nested_tensor_in_a_pt_file(tmp_path: pathlib.Path, model: nn.Module):
-    torch.save({"miss": '{"format": 1}', "tensors": {"a": torch.nested.nested_tensor([torch.ones(2)])}}, tmp_path / "a.pt")
+    torch.save(
+        {"miss": '{"format": 1}', "tensors": {"a": torch.nested.nested_tensor([torch.ones(2)])}},
+        tmp_path / "a.pt",
+    )
     assert assert_refused_or_the_same(tmp_path / "a.pt", model, "cannot be read")
 
 
@@ -226,7 +258,12 @@ def test_missing_files_and_folders(tmp_path: pathlib.Path, model: nn.Module, suf
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("fault", ["too large", "fsync", "rename", "interrupt"])
 def test_a_write_that_fails(
-    tmp_path: pathlib.Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch, suffix: str, existing: bool, fault: str
+    tmp_path: pathlib.Path,
+    model: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+    existing: bool,
+    fault: str,
 ):
     path, old = tmp_path / f"a{suffix}", copy.deepcopy(model)
     if existing:
@@ -246,7 +283,9 @@ def test_a_write_that_fails(
         monkeypatch.setattr(os, "replace" if fault == "rename" else "fsync", fail)
     expected = KeyboardInterrupt if fault == "interrupt" else CheckpointError
     try:
-        with pytest.raises(expected, match=None if fault == "interrupt" else "cannot be written: .*(space|large)"):
+        with pytest.raises(
+            expected, match=None if fault == "interrupt" else "cannot be written: .*(space|large)"
+        ):
             save(model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -256,7 +295,9 @@ def test_a_write_that_fails(
 
 
 @suffixes
-def test_links_are_followed_and_permissions_kept(tmp_path: pathlib.Path, model: nn.Module, suffix: str):
+def test_links_are_followed_and_permissions_kept(
+    tmp_path: pathlib.Path, model: nn.Module, suffix: str
+):
     path, link = tmp_path / f"a{suffix}", tmp_path / f"link{suffix}"
     save(model, path)
     mask = os.umask(0)
@@ -271,7 +312,9 @@ def test_links_are_followed_and_permissions_kept(tmp_path: pathlib.Path, model: 
     assert not assert_refused_or_the_same(path, model)
 
 
-def test_a_folder_that_cannot_be_flushed_is_no_failure(tmp_path: pathlib.Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_flushed_is_no_failure(
+    tmp_path: pathlib.Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delattr(os, "O_DIRECTORY")
     save(model, tmp_path / "a.pt")
     assert not assert_refused_or_the_same(tmp_path / "a.pt", model)
@@ -280,7 +323,9 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure(tmp_path: pathlib.Path, m
 def test_a_dtype_that_the_format_lacks(tmp_path: pathlib.Path, model: nn.Module):
     model.append(nn.Module())
     model[2].register_buffer("wide", torch.zeros(2, dtype=torch.complex128))
-    with pytest.raises(CheckpointError, match=r"the format cannot hold these tensors.*\n.*use \.pt"):
+    with pytest.raises(
+        CheckpointError, match=r"the format cannot hold these tensors.*\n.*use \.pt"
+    ):
         save(model, tmp_path / "a.safetensors", extra="2")
     save(model, tmp_path / "a.pt", extra="2")
 
@@ -312,7 +357,9 @@ KILLED = """
 
 
 @suffixes
-def test_a_process_killed_while_it_saves_leaves_the_old_file_or_the_new_one(tmp_path: pathlib.Path, suffix: str):
+def test_a_process_killed_while_it_saves_leaves_the_old_file_or_the_new_one(
+    tmp_path: pathlib.Path, suffix: str
+):
     path = tmp_path / f"a{suffix}"
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(KILLED), str(path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)

@@ -64,8 +64,14 @@ def counted() -> Iterator[mock.Mock]:
 def results(layer: nn.Linear, x: Tensor, seed: int = 0) -> list[Tensor]:
     """The output and the gradients of all that asks for one."""
     y = layer(x)
-    wanted = [tensor for tensor in (x, layer.miss_D, layer.bias) if tensor is not None and tensor.requires_grad]
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
+    wanted = [
+        tensor
+        for tensor in (x, layer.miss_D, layer.bias)
+        if tensor is not None and tensor.requires_grad
+    ]
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        y.dtype
+    )
     return [y, *(torch.autograd.grad(y, wanted, g) if wanted else ())]
 
 
@@ -75,9 +81,13 @@ def results(layer: nn.Linear, x: Tensor, seed: int = 0) -> list[Tensor]:
 @example(case=RAGGED[0], layout="transposed")
 @example(case=RAGGED[1], layout="expanded")
 @example(case=Case("misse", 13, 13, 13, True, -2.0, (), 0), layout="contiguous")
-@example(case=Case("misse", 4, 530, 2, True, -2.0, (3,), 1), layout="contiguous")  # more than one part of the gradient of D
+@example(
+    case=Case("misse", 4, 530, 2, True, -2.0, (3,), 1), layout="contiguous"
+)  # more than one part of the gradient of D
 @example(case=Case("miss", 530, 4, 2, True, -2.0, (3,), 1), layout="contiguous")
-def test_fast_path_equals_oracle(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype | None, layout: str):
+def test_fast_path_equals_oracle(
+    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype | None, layout: str
+):
     layer = case.layer(dtype, adapter_dtype)
     with counted() as calls:
         assert_equals_oracle(case, layer, LAYOUTS[layout](case.input(dtype)))
@@ -96,13 +106,17 @@ def test_plain_path_equals_oracle(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("misse", 13, 240, 2, True, 0.5, (2, 70), 0),  # two tiles, the second one short; a short last block
+        Case(
+            "misse", 13, 240, 2, True, 0.5, (2, 70), 0
+        ),  # two tiles, the second one short; a short last block
         Case("misse", 12, 120, 3, False, 1.0, (400,), 1),  # one tile
     ],
     ids=["ragged", "even"],
 )
 def test_gradient_by_tiles_equals_oracle(case: Case, dtype: torch.dtype):
-    with mock.patch.object(fused, "_input_grad_by_tiles", wraps=fused._input_grad_by_tiles) as tiles:
+    with mock.patch.object(
+        fused, "_input_grad_by_tiles", wraps=fused._input_grad_by_tiles
+    ) as tiles:
         assert_equals_oracle(case, case.layer(dtype), case.input(dtype))
     assert tiles.call_count == 1
     assert (tiles.call_args.args[-1] < case.out_features) == (case.in_features == 13)
@@ -111,8 +125,13 @@ def test_gradient_by_tiles_equals_oracle(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("grad_of", ["x", "d", "bias", "x d", "d bias", "x d bias", ""])
 @dtypes
 @given(case=cases())
-def test_fast_path_equals_plain_path_whatever_asks_for_gradients(case: Case, dtype: torch.dtype, grad_of: str):
-    layer, x = replace(case, bias=True).layer(dtype), case.input(dtype).requires_grad_("x" in grad_of)
+def test_fast_path_equals_plain_path_whatever_asks_for_gradients(
+    case: Case, dtype: torch.dtype, grad_of: str
+):
+    layer, x = (
+        replace(case, bias=True).layer(dtype),
+        case.input(dtype).requires_grad_("x" in grad_of),
+    )
     layer.miss_D.requires_grad_("d" in grad_of)
     layer.bias.requires_grad_("bias" in grad_of)
     with counted() as calls:
@@ -122,9 +141,17 @@ def test_fast_path_equals_plain_path_whatever_asks_for_gradients(case: Case, dty
     assert calls.call_count == 1
     assert len(fast) == len(plain) == 1 + len(grad_of.split())
     for got, want in zip(fast, plain):
-        assert (got.dtype, got.shape, got.requires_grad) == (want.dtype, want.shape, want.requires_grad)
-        size = want.detach().double().abs().max() if want.numel() else 1.0  # both are within the oracle's bound; this is a net
-        torch.testing.assert_close(got, want, rtol=0, atol=float(256 * torch.finfo(dtype).eps * (1 + size)))
+        assert (got.dtype, got.shape, got.requires_grad) == (
+            want.dtype,
+            want.shape,
+            want.requires_grad,
+        )
+        size = (
+            want.detach().double().abs().max() if want.numel() else 1.0
+        )  # both are within the oracle's bound; this is a net
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=float(256 * torch.finfo(dtype).eps * (1 + size))
+        )
 
 
 @dtypes
@@ -140,11 +167,15 @@ def test_without_gradients(case: Case, dtype: torch.dtype, rows: int):
         assert calls.call_count == 1
         assert not z.requires_grad
         size = y.detach().double().abs().max() if y.numel() else 1.0
-        torch.testing.assert_close(z, y.detach(), rtol=0, atol=float(64 * torch.finfo(dtype).eps * (1 + size)))
+        torch.testing.assert_close(
+            z, y.detach(), rtol=0, atol=float(64 * torch.finfo(dtype).eps * (1 + size))
+        )
 
 
 @ragged
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors", "ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings(
+    "ignore:Initializing zero-element tensors", "ignore:Sparse CSR tensor support"
+)
 def test_rule(case: Case):
     def fast(layer: nn.Linear, x: Tensor) -> bool:
         with counted() as calls:
@@ -206,10 +237,15 @@ def test_misse_lets_go_of_its_input():
 @pytest.mark.parametrize("size", [(1024, 1024), (1000, 1500), (576, 1536)], ids=str)
 @pytest.mark.parametrize("tokens", [128, 512, 2048])
 @pytest.mark.parametrize("form", FORMS.values())
-def test_peak_of_a_step_is_that_of_the_base_and_a_tenth(form: type, tokens: int, size: tuple[int, int], dtype: torch.dtype):
+def test_peak_of_a_step_is_that_of_the_base_and_a_tenth(
+    form: type, tokens: int, size: tuple[int, int], dtype: torch.dtype
+):
     base = nn.Linear(*size, dtype=dtype).requires_grad_(False)
     layer = form(*size, 64, dtype=dtype)
-    x, g = torch.randn(tokens, size[0], dtype=dtype, requires_grad=True), torch.randn(tokens, size[1], dtype=dtype)
+    x, g = (
+        torch.randn(tokens, size[0], dtype=dtype, requires_grad=True),
+        torch.randn(tokens, size[1], dtype=dtype),
+    )
 
     def peak(layer: nn.Linear) -> int:
         layer(x).backward(g)
@@ -225,7 +261,9 @@ def test_second_derivatives_equal_those_of_the_plain_path(case: Case):
     def penalty(layer: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
         wanted = layer.miss_D, x
         first = torch.autograd.grad((layer(x).tanh() ** 2).sum(), wanted, create_graph=True)
-        return torch.autograd.grad(sum((grad**2).sum() for grad in first), wanted)  # D's gradient depends on x through S, too
+        return torch.autograd.grad(
+            sum((grad**2).sum() for grad in first), wanted
+        )  # D's gradient depends on x through S, too
 
     fast = penalty(case.layer(), case.input().requires_grad_())
     with plain_path():
@@ -234,16 +272,25 @@ def test_second_derivatives_equal_those_of_the_plain_path(case: Case):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", [*RAGGED, Case("misse", 13, 120, 2, True, 0.5, (140,), 0)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*RAGGED, Case("misse", 13, 120, 2, True, 0.5, (140,), 0)], ids=str
+)
 def test_batched_gradients(case: Case):
     layer, x = case.layer(), case.input().requires_grad_()
     y = layer(x)
     many = torch.randn(3, *y.shape, dtype=y.dtype)
     looped = [
-        torch.stack(grads) for grads in zip(*(torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True) for g in many))
+        torch.stack(grads)
+        for grads in zip(
+            *(torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True) for g in many)
+        )
     ]
-    batched = torch.autograd.grad(y, (x, layer.miss_D), many, retain_graph=True, is_grads_batched=True)
-    mapped = torch.vmap(lambda g: torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True))(many)
+    batched = torch.autograd.grad(
+        y, (x, layer.miss_D), many, retain_graph=True, is_grads_batched=True
+    )
+    mapped = torch.vmap(lambda g: torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True))(
+        many
+    )
     for want, *both in zip(looped, batched, mapped):
         for got in both:
             torch.testing.assert_close(got, want)
@@ -278,18 +325,26 @@ def test_autocast(case: Case, dtype: torch.dtype, dtype_of_x: torch.dtype | str)
     grads = [torch.autograd.grad(y, (x, layer.miss_D), g) for y in (fast, plain)]
     for got, want in ((fast, plain), *zip(*grads)):
         assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=0, atol=float(32 * torch.finfo(dtype).eps * want.detach().abs().max()))
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=float(32 * torch.finfo(dtype).eps * want.detach().abs().max())
+        )
 
 
 @ragged
 @pytest.mark.parametrize("leading", [(4,), (2, 3)], ids=str)
 def test_selective_checkpoints_that_keep_the_products(case: Case, leading: tuple[int, ...]):
-    case = replace(case, leading=leading)  # what they keep must not change later: the delta would be added twice
+    case = replace(
+        case, leading=leading
+    )  # what they keep must not change later: the delta would be added twice
     layer, x = case.layer(), case.input().requires_grad_()
-    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    keep = functools.partial(
+        create_selective_checkpoint_contexts,
+        [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+    )
     y = checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False, context_fn=keep)
     for got, want in zip(
-        torch.autograd.grad(y.sum(), (x, layer.miss_D)), torch.autograd.grad(layer(x).tanh().sum(), (x, layer.miss_D))
+        torch.autograd.grad(y.sum(), (x, layer.miss_D)),
+        torch.autograd.grad(layer(x).tanh().sum(), (x, layer.miss_D)),
     ):
         torch.testing.assert_close(got, want)
 
@@ -311,7 +366,9 @@ def test_what_looks_on_sees_the_plain_path(case: Case):
 def test_complex_layers_take_the_plain_path(case: Case):
     layer, x = case.layer(), case.input().to(torch.complex128).requires_grad_()
     for name in ("weight", "bias"):
-        setattr(layer, name, nn.Parameter((1 + 2j) * getattr(layer, name).detach(), requires_grad=False))
+        setattr(
+            layer, name, nn.Parameter((1 + 2j) * getattr(layer, name).detach(), requires_grad=False)
+        )
     layer.miss_D = nn.Parameter((2 - 1j) * layer.miss_D.detach())
     y = layer(x)
     wide = layer.weight + layer.delta_weight()
@@ -324,7 +381,9 @@ def test_autocast_sums_before_it_rounds():
     layer = MiSSeLinear(512, 64, 1)
     nn.init.ones_(layer.miss_D)
     x = torch.randn(256, 512)
-    x -= x.mean(-1, keepdim=True)  # as after a layer norm: the sum cancels, to far below the rounding of its terms
+    x -= x.mean(
+        -1, keepdim=True
+    )  # as after a layer norm: the sum cancels, to far below the rounding of its terms
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x) - F.linear(x, layer.weight, layer.bias)
     assert y.abs().max() < 0.05
@@ -337,10 +396,14 @@ def test_backward_inside_autocast_of_a_forward_outside(case: Case):
     def grads() -> Tensor:
         y = layer(x)
         with torch.autocast("cpu", torch.bfloat16):
-            return torch.cat([grad.flatten() for grad in torch.autograd.grad(y.sum(), (x, layer.miss_D))])
+            return torch.cat(
+                [grad.flatten() for grad in torch.autograd.grad(y.sum(), (x, layer.miss_D))]
+            )
 
     fast, plain = both_paths(grads)
-    torch.testing.assert_close(fast, plain, rtol=0, atol=float(8 * torch.finfo(torch.bfloat16).eps * plain.abs().max()))
+    torch.testing.assert_close(
+        fast, plain, rtol=0, atol=float(8 * torch.finfo(torch.bfloat16).eps * plain.abs().max())
+    )
 
 
 @ragged

@@ -40,11 +40,15 @@ def perturb(model: nn.Module) -> None:
     st.booleans(),
     st.booleans(),
 )
-def test_inject_then_eject_leaves_the_model_as_it_was(method: str, targets: set[str], rank: int, training: bool, freeze: bool):
+def test_inject_then_eject_leaves_the_model_as_it_was(
+    method: str, targets: set[str], rank: int, training: bool, freeze: bool
+):
     model = Decoder().train(training)
     model.layers[0].self_attn.q_proj.user_attribute = "kept"
     hook_calls: list[nn.Module] = []
-    model.layers[0].mlp[0].register_forward_hook(lambda module, args, output: hook_calls.append(module))
+    model.layers[0].mlp[0].register_forward_hook(
+        lambda module, args, output: hook_calls.append(module)
+    )
     before, output = snapshot(model), model(TOKENS)
     assert inject(model, targets, rank=rank, method=method, freeze=freeze) is model
     assert torch.equal(model(TOKENS), output)
@@ -68,7 +72,11 @@ def test_keys_identity_and_aliases(method: str):
     keys, modules = set(model.state_dict()), [id(m) for m in model.modules()]
     inject(model, "mlp.2", rank=2, method=method)
     assert [id(m) for m in model.modules()] == modules
-    assert set(model.state_dict()) - keys == {"layers.0.mlp.2.miss_D", "layers.1.mlp.2.miss_D", "alias.miss_D"}
+    assert set(model.state_dict()) - keys == {
+        "layers.0.mlp.2.miss_D",
+        "layers.1.mlp.2.miss_D",
+        "alias.miss_D",
+    }
     assert model.alias is model.layers[1].mlp[2]
     assert list(adapted_modules(model)) == ["layers.0.mlp.2", "layers.1.mlp.2"]
     assert len(list(adapter_parameters(model))) == 2
@@ -87,7 +95,11 @@ def test_the_root_itself():
     ("options", "error", "message"),
     [
         ({"rank": 9}, ShapeError, r"layers\.0\.mlp\.0: rank.*in_features.*1 <= rank <= 8.*rank=9"),
-        ({"rank": 12, "method": "miss"}, ShapeError, r"lm_head: rank.*out_features.*1 <= rank <= 11.*rank=12"),
+        (
+            {"rank": 12, "method": "miss"},
+            ShapeError,
+            r"lm_head: rank.*out_features.*1 <= rank <= 11.*rank=12",
+        ),
         ({"rank": 0}, ShapeError, "rank=0"),
         ({"rank": True}, ShapeError, "rank=True"),
         ({"rank": 2.0}, ShapeError, "rank=2.0"),
@@ -102,7 +114,9 @@ def test_the_root_itself():
         ({"trainable": "nope"}, TargetError, "trainable"),
     ],
 )
-def test_failed_inject_changes_nothing(options: dict[str, object], error: type[Exception], message: str):
+def test_failed_inject_changes_nothing(
+    options: dict[str, object], error: type[Exception], message: str
+):
     model = Decoder()
     before = snapshot(model)
     arguments = {"targets": ["mlp.0", "lm_head"], "rank": 2} | options
@@ -149,7 +163,11 @@ def test_repeated_calls():
 def test_freezing():
     model = inject(Decoder(), "q_proj", rank=2, trainable=nn.LayerNorm)
     flags = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert flags == {f"layers.{k}.{name}" for k in (0, 1) for name in ("norm.weight", "norm.bias", "self_attn.q_proj.miss_D")}
+    assert flags == {
+        f"layers.{k}.{name}"
+        for k in (0, 1)
+        for name in ("norm.weight", "norm.bias", "self_attn.q_proj.miss_D")
+    }
     model.layers[0].mlp.requires_grad_(True)  # a user's own choice between two calls stays
     inject(model, "layers.0.mlp.0", rank=2)
     now = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -165,7 +183,10 @@ def test_freezing():
 def test_the_first_call_freezes_whatever_is_in_the_model_before():
     model = nn.Sequential(MiSSeLinear(4, 4, 2), nn.Linear(4, 4), nn.Linear(4, 4))
     inject(torch.compile(model, backend="eager"), "1", rank=2)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"0.miss_D", "1.miss_D"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "0.miss_D",
+        "1.miss_D",
+    }
     model[2].requires_grad_(True)
     inject(model, "2", rank=2, trainable="2")
     assert model[2].weight.requires_grad
@@ -240,11 +261,16 @@ def test_inject_after_compile_takes_effect(method: str):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_transformer_encoder_in_every_mode(method: str):
     torch.manual_seed(0)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2
+    )
     x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     before = snapshot(encoder)
     inject(encoder, ["linear1", "linear2"], rank=2, method=method)
-    assert [keep_slow_path in layer._forward_hooks.values() for layer in encoder.layers] == [True, True]
+    assert [keep_slow_path in layer._forward_hooks.values() for layer in encoder.layers] == [
+        True,
+        True,
+    ]
     perturb(encoder)
     expected = encoder.train()(x, src_key_padding_mask=mask)[~mask]
     for grad in (True, False):
@@ -270,7 +296,9 @@ def test_transformer_encoder_in_every_mode(method: str):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_transformer_encoder_trains_in_eval_mode_under_a_padding_mask(method: str):
     torch.manual_seed(0)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    ).eval()
     x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     base = encoder(x, None, mask)
     inject(encoder, "linear1", rank=2, method=method)
@@ -335,9 +363,20 @@ def test_devices_dtypes_and_inference_mode():
     model.to_empty(device="cpu")
     assert not any(d.any() for d in adapter_parameters(model))
     for dtype in (torch.bfloat16, torch.float16):
-        assert all(d.dtype == torch.float32 for d in adapter_parameters(inject(Decoder().to(dtype), "q_proj", rank=2)))
-    assert next(adapter_parameters(inject(Decoder().double(), "q_proj", rank=2))).dtype == torch.float64
-    assert next(adapter_parameters(inject(Decoder(), "q_proj", rank=2, adapter_dtype=torch.float16))).dtype == torch.float16
+        assert all(
+            d.dtype == torch.float32
+            for d in adapter_parameters(inject(Decoder().to(dtype), "q_proj", rank=2))
+        )
+    assert (
+        next(adapter_parameters(inject(Decoder().double(), "q_proj", rank=2))).dtype
+        == torch.float64
+    )
+    assert (
+        next(
+            adapter_parameters(inject(Decoder(), "q_proj", rank=2, adapter_dtype=torch.float16))
+        ).dtype
+        == torch.float16
+    )
     with torch.inference_mode():
         model = inject(Decoder(), "q_proj", rank=2)
     assert not any(d.is_inference() for d in adapter_parameters(model))

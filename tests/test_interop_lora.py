@@ -31,8 +31,17 @@ def test_peft_loads_our_lora(tmp_path: pathlib.Path, name: str):
         unmerge(model)
         torch.testing.assert_close(output(theirs, inputs), output(model, inputs))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["bias"], config["rank_pattern"]) == (5, 5.0, "none", {})
-    shapes = {tuple(t.shape)[:1] for k, t in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in k}
+    assert (config["r"], config["lora_alpha"], config["bias"], config["rank_pattern"]) == (
+        5,
+        5.0,
+        "none",
+        {},
+    )
+    shapes = {
+        tuple(t.shape)[:1]
+        for k, t in load_file(tmp_path / "adapter_model.safetensors").items()
+        if "lora_A" in k
+    }
     assert shapes == {(5,)}
 
 
@@ -59,7 +68,10 @@ def test_lora_factors_are_the_delta_exactly(tmp_path: pathlib.Path, method: str,
 def test_targets_are_leaf_names_where_these_say_enough():
     model = Classifier()
     assert base_config(model, ["body.up", "body.down"])["target_modules"] == ["down", "up"]
-    assert base_config(model, ["layers.1", "body.up"])["target_modules"] == ["body.up", "layers.1"]  # head.1 would match too
+    assert base_config(model, ["layers.1", "body.up"])["target_modules"] == [
+        "body.up",
+        "layers.1",
+    ]  # head.1 would match too
 
 
 @pytest.mark.parametrize("write", [interop.peft.save, interop.lora.save])
@@ -70,6 +82,8 @@ def test_a_name_that_is_the_end_of_another(tmp_path: pathlib.Path, write):
         perturb(model)
         write(model, tmp_path)
         x = torch.randn(3, 4)
-        torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), model(x))
+        torch.testing.assert_close(
+            peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), model(x)
+        )
         if write is interop.peft.save:
             assert torch.equal(interop.peft.load(copy.deepcopy(base), tmp_path)(x), model(x))

@@ -43,7 +43,9 @@ class Bag(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleDict({name: nn.Linear(size[1], size[0]) for name, size in SHAPES.items()})
+        self.layers = nn.ModuleDict(
+            {name: nn.Linear(size[1], size[0]) for name, size in SHAPES.items()}
+        )
         self.alias = self.layers["a"]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -72,7 +74,12 @@ class Life(RuleBasedStateMachine):
         if hasattr(self, "folder"):
             self.folder.cleanup()
 
-    @rule(chosen=names, method=st.sampled_from(sorted(FORMS)), rank=st.integers(1, 3), scale=st.sampled_from([1.0, -0.5]))
+    @rule(
+        chosen=names,
+        method=st.sampled_from(sorted(FORMS)),
+        rank=st.integers(1, 3),
+        scale=st.sampled_from([1.0, -0.5]),
+    )
     def inject(self, chosen: set[str], method: str, rank: int, scale: float):
         targets = [f"layers.{name}" for name in sorted(chosen)]
         if chosen & set(self.settings):
@@ -107,7 +114,11 @@ class Life(RuleBasedStateMachine):
         for name in self.settings:
             self.assert_rounded(self.layer(name).weight, *expected[name])
             delta = expected[name][0] - self.base[f"layers.{name}.weight"].double()
-            lost = (self.layer(name).weight.double() - expected[name][0]).norm() / delta.norm() if delta.any() else 0.0
+            lost = (
+                (self.layer(name).weight.double() - expected[name][0]).norm() / delta.norm()
+                if delta.any()
+                else 0.0
+            )
             assert errors[f"layers.{name}"] == pytest.approx(float(lost), rel=1e-3, abs=1e-6)
         self.merged = set(self.settings)
 
@@ -139,7 +150,9 @@ class Life(RuleBasedStateMachine):
             return
         y = self.model.train()(self.x)
         target = torch.Generator().manual_seed(seed)
-        loss = sum((out.float() * torch.randn(out.shape, generator=target)).sum() for out in y.values())
+        loss = sum(
+            (out.float() * torch.randn(out.shape, generator=target)).sum() for out in y.values()
+        )
         if self.contexts or not self.settings:
             return
         for d in adapter_parameters(self.model):
@@ -167,8 +180,15 @@ class Life(RuleBasedStateMachine):
         self.adapters = {key.split(".")[1]: d.clone() for key, d in state[1].items()}
 
     @rule(target=states, one=states, other=states, weight=st.sampled_from([1.0, -0.25]))
-    def combine(self, one: tuple[Settings, dict[str, Tensor]], other: tuple[Settings, dict[str, Tensor]], weight: float):
-        if not one[1] or {k: d.shape for k, d in one[1].items()} != {k: d.shape for k, d in other[1].items()}:
+    def combine(
+        self,
+        one: tuple[Settings, dict[str, Tensor]],
+        other: tuple[Settings, dict[str, Tensor]],
+        weight: float,
+    ):
+        if not one[1] or {k: d.shape for k, d in one[1].items()} != {
+            k: d.shape for k, d in other[1].items()
+        }:
             return multiple()
         total = combine([(one[1], weight), (other[1], 2.0)])
         for key, d in total.items():
@@ -198,7 +218,10 @@ class Life(RuleBasedStateMachine):
         if not self.settings:
             self.leave_all()
         assert load(self.model, path) is self.model
-        self.settings, self.adapters = dict(config), {name: d.clone() for name, d in adapters.items()}
+        self.settings, self.adapters = (
+            dict(config),
+            {name: d.clone() for name, d in adapters.items()},
+        )
 
     @rule(how=st.sampled_from(["deepcopy", "pickle", "torch.save"]))
     def copy(self, how: str):
@@ -239,7 +262,9 @@ class Life(RuleBasedStateMachine):
             assert ((outputs[name].double() - (x @ weight.T + b)).abs() <= bound).all(), name
             if self.contexts or name not in self.settings:
                 plain = nn.functional.linear(
-                    self.x[:, : weight.shape[1]], self.base[f"layers.{name}.weight"], self.layer(name).bias
+                    self.x[:, : weight.shape[1]],
+                    self.base[f"layers.{name}.weight"],
+                    self.layer(name).bias,
                 )
                 assert torch.equal(outputs[name], plain)
 
@@ -258,14 +283,20 @@ class Life(RuleBasedStateMachine):
             delta = torch.zeros_like(weight)
             if name in self.settings and not off:
                 method, _, scale = self.settings[name]
-                delta = scale * reference.delta(method, self.adapters[name].double(), out_features, in_features)
+                delta = scale * reference.delta(
+                    method, self.adapters[name].double(), out_features, in_features
+                )
             result[name] = weight + delta, weight.abs() + delta.abs()
         return result
 
     def assert_rounded(self, weight: Tensor, exact: Tensor, size: Tensor):
         """``weight`` is ``exact``, summed in fp32 or wider and rounded to its dtype once."""
         wide = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
-        bound = torch.finfo(weight.dtype).eps / 2 * exact.abs() + 3 * wide * size + torch.finfo(weight.dtype).tiny
+        bound = (
+            torch.finfo(weight.dtype).eps / 2 * exact.abs()
+            + 3 * wide * size
+            + torch.finfo(weight.dtype).tiny
+        )
         assert ((weight.detach().double() - exact).abs() <= bound).all()
 
 

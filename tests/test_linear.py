@@ -13,7 +13,16 @@ from torch import nn
 
 from miss import MiSSeLinear, MissError, MiSSLinear, ShapeError, StateError, TargetError, disabled
 from tests import reference
-from tests.strategies import DTYPES, FORMS, RAGGED, Case, assert_equals_oracle, cases, ragged, tolerance
+from tests.strategies import (
+    DTYPES,
+    FORMS,
+    RAGGED,
+    Case,
+    assert_equals_oracle,
+    cases,
+    ragged,
+    tolerance,
+)
 
 forms = pytest.mark.parametrize("form", FORMS.values())
 
@@ -25,19 +34,34 @@ forms = pytest.mark.parametrize("form", FORMS.values())
 @example(case=Case("miss", 5, 12, 4, True, 1.0, (3,), 1))
 @example(case=RAGGED[0])
 @example(case=RAGGED[1])
-def test_sharded_forward_equals_oracle_and_merged_weight(case: Case, dtype: torch.dtype, adapter_dtype: str | None):
-    assert_equals_oracle(case, case.layer(dtype, dtype if adapter_dtype else None), case.input(dtype))
+def test_sharded_forward_equals_oracle_and_merged_weight(
+    case: Case, dtype: torch.dtype, adapter_dtype: str | None
+):
+    assert_equals_oracle(
+        case, case.layer(dtype, dtype if adapter_dtype else None), case.input(dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(case=cases().filter(lambda case: case.method == "misse"), times=st.integers(1, 3), rows=st.integers(1, 4))
+@given(
+    case=cases().filter(lambda case: case.method == "misse"),
+    times=st.integers(1, 3),
+    rows=st.integers(1, 4),
+)
 def test_a_d_of_fewer_rows_is_cycled(case: Case, dtype: torch.dtype, times: int, rows: int):
     case = replace(case, out_features=rows * times)
     layer, x = case.layer(dtype), case.input(dtype)
     layer.miss_D = nn.Parameter(torch.randn(rows, case.rank, dtype=layer.miss_D.dtype))
     d, w = layer.miss_D.detach().double(), layer.weight.double()
-    delta = torch.stack([torch.stack([d[o % rows, c % case.rank] for c in range(case.in_features)]) for o in range(len(w))])
-    assert torch.equal(layer.delta_weight().double(), (case.scale * delta).to(layer.miss_D.dtype).double())
+    delta = torch.stack(
+        [
+            torch.stack([d[o % rows, c % case.rank] for c in range(case.in_features)])
+            for o in range(len(w))
+        ]
+    )
+    assert torch.equal(
+        layer.delta_weight().double(), (case.scale * delta).to(layer.miss_D.dtype).double()
+    )
     y = layer(x)
     y.sum().backward()
     bias = torch.zeros(len(w)) if layer.bias is None else layer.bias.double()
@@ -47,7 +71,9 @@ def test_a_d_of_fewer_rows_is_cycled(case: Case, dtype: torch.dtype, times: int,
     blocks = reference.factor("misse", case.rank, len(w), case.in_features)
     flat = x.double().reshape(-1, case.in_features).repeat(times, 1)
     grad = case.scale * (flat @ blocks.T).sum(0)
-    bound = tolerance(dtype, abs(case.scale) * (flat.abs() @ blocks.T).sum(0), len(flat) * case.in_features + 1)
+    bound = tolerance(
+        dtype, abs(case.scale) * (flat.abs() @ blocks.T).sum(0), len(flat) * case.in_features + 1
+    )
     assert ((layer.miss_D.grad.double() - grad).abs() <= bound).all()
 
 
@@ -119,7 +145,9 @@ def test_functional_transforms(case: Case):
 
     rows = x.reshape(-1, case.in_features)
     per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(d, rows)
-    torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss)(d, row) for row in rows]))
+    torch.testing.assert_close(
+        per_sample, torch.stack([torch.func.grad(loss)(d, row) for row in rows])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -147,7 +175,9 @@ def test_fp16_block_sums_that_overflow(form: type[nn.Linear]):
         layer.weight.zero_()
         layer.miss_D.fill_(1e-2)
         y = layer(torch.full((1, 64), 6e3).half())  # a block sums to 192,000, beyond fp16
-    torch.testing.assert_close(y.float(), torch.full((1, 4), 64 * 6e3 * 1e-2) + layer.bias.float(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        y.float(), torch.full((1, 4), 64 * 6e3 * 1e-2) + layer.bias.float(), rtol=2e-3, atol=0
+    )
 
 
 def test_fp16_ragged_block_sums_that_overflow():
@@ -172,11 +202,17 @@ def test_trace(case: Case):
 def test_half_precision_reduces_without_a_full_width_copy(dtype: torch.dtype):
     layer, x = MiSSeLinear(1024, 8, 16, dtype=dtype), torch.randn(4096, 1024).to(dtype)
     with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profiler,
         torch.no_grad(),
     ):
         layer(x)
-    largest = max(event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    largest = max(
+        event.nbytes()
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     assert largest < x.nbytes  # an fp32 copy would be twice that
 
 
@@ -193,7 +229,9 @@ def test_dropout_acts_on_the_adapter_in_training_only(form: type[nn.Linear]):
     dropped = F.dropout(x, 0.5)
     torch.testing.assert_close(y, base + F.linear(dropped, layer.delta_weight()))
     layer.eval()
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.delta_weight(), layer.bias))
+    torch.testing.assert_close(
+        layer(x), F.linear(x, layer.weight + layer.delta_weight(), layer.bias)
+    )
 
 
 @ragged
@@ -226,12 +264,19 @@ def test_pickle_deepcopy_and_save(case: Case):
     torch.save(layer, buffer)
     buffer.seek(0)
     with disabled(layer):  # a copy made in here is outside
-        copies = [pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), torch.load(buffer, weights_only=False)]
+        copies = [
+            pickle.loads(pickle.dumps(layer)),
+            copy.deepcopy(layer),
+            torch.load(buffer, weights_only=False),
+        ]
     for other in copies:
         assert type(other) is type(layer)
         assert torch.equal(other(x), layer(x))
         assert repr(other) == repr(layer)
-        for name in ("scale", "dropout"):  # as an older version, without the setting, would have pickled it
+        for name in (
+            "scale",
+            "dropout",
+        ):  # as an older version, without the setting, would have pickled it
             del other.__dict__[name]
         other(x)
 
@@ -262,7 +307,11 @@ def test_adopt_keeps_the_object_and_its_flags(form: type[nn.Linear]):
     with torch.inference_mode():
         assert form.adopt_(linear, 2, scale=3) is linear
     assert [id(p) for p in linear.parameters()][:2] == parameters
-    assert (linear.weight.requires_grad, linear.bias.requires_grad, linear.miss_D.requires_grad) == (True, False, True)
+    assert (
+        linear.weight.requires_grad,
+        linear.bias.requires_grad,
+        linear.miss_D.requires_grad,
+    ) == (True, False, True)
     assert not linear.miss_D.is_inference()
     assert not linear.training
     assert (linear.rank, linear.scale) == (2, 3.0)
@@ -282,7 +331,9 @@ def test_wrong_rank(rank: object):
         MiSSLinear(10, 6, rank)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True, 10**400, torch.tensor(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), "1", None, True, 10**400, torch.tensor(1.0)], ids=str
+)
 def test_wrong_scale_and_dropout(value: object):
     with pytest.raises(ShapeError, match="scale"):
         MiSSeLinear(6, 4, 2, scale=value)

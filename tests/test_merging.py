@@ -29,10 +29,16 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(
 ):
     layer, x = case.layer(dtype, adapter_dtype).eval(), case.input(dtype)
     weight, base, unmerged = layer.weight, layer.weight.detach().clone(), layer(x)
-    delta = case.scale * reference.delta(case.method, layer.miss_D.detach().double(), case.out_features, case.in_features)
+    delta = case.scale * reference.delta(
+        case.method, layer.miss_D.detach().double(), case.out_features, case.in_features
+    )
     exact, size = base.double() + delta, base.double().abs() + delta.abs()
     wide = torch.promote_types(torch.promote_types(dtype, layer.miss_D.dtype), torch.float32)
-    once = torch.finfo(dtype).eps / 2 * exact.abs() + 2 * torch.finfo(wide).eps * size + torch.finfo(dtype).tiny
+    once = (
+        torch.finfo(dtype).eps / 2 * exact.abs()
+        + 2 * torch.finfo(wide).eps * size
+        + torch.finfo(dtype).tiny
+    )
     for _ in range(cycles):
         errors = merge(layer)
         assert layer.weight is weight
@@ -92,7 +98,11 @@ def test_disabled_gives_the_base_while_merged(method: str):
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_eject_with_merge_bakes_and_without_restores(method: str, merged_before: bool):
     model = adapted_decoder(method).double().eval()
-    parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False) if "miss_D" not in name}
+    parameters = {
+        name: id(p)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if "miss_D" not in name
+    }
     base, on = eject(copy.deepcopy(model)), model(TOKENS)
     other = copy.deepcopy(model)
     if merged_before:
@@ -114,13 +124,24 @@ def test_while_merged_state_dict_is_the_base_and_loading_is_refused_before_anyth
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     merge(model)
     merge(model)
-    assert {len(m._load_state_dict_pre_hooks) for m in (model, model.layers[0].mlp, model.layers[0].mlp[0])} == {1}
+    assert {
+        len(m._load_state_dict_pre_hooks)
+        for m in (model, model.layers[0].mlp, model.layers[0].mlp[0])
+    } == {1}
     kept = snapshot(model)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     zeros = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    for part, prefix in ((model, ""), (model.layers, "layers."), (model.layers[0].mlp[0], "layers.0.mlp.0.")):
-        part_zeros = {key.removeprefix(prefix): tensor for key, tensor in zeros.items() if key.startswith(prefix)}
+    for part, prefix in (
+        (model, ""),
+        (model.layers, "layers."),
+        (model.layers[0].mlp[0], "layers.0.mlp.0."),
+    ):
+        part_zeros = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in zeros.items()
+            if key.startswith(prefix)
+        }
         for assign in (False, True):
             with pytest.raises(StateError, match=r"is merged.*\n.*unmerge"):
                 part.load_state_dict(part_zeros, assign=assign)
@@ -168,7 +189,9 @@ def test_merged_models_are_copied_and_moved(method: str, how: str):
         return
     else:
         model.share_memory()
-    close = {"rtol": 1e-3, "atol": 1e-2} if how == "float" else {}  # the outputs are of the order of 100
+    close = (
+        {"rtol": 1e-3, "atol": 1e-2} if how == "float" else {}
+    )  # the outputs are of the order of 100
     torch.testing.assert_close(model(TOKENS), on, **close)
     with pytest.raises(StateError):
         model.load_state_dict(model.state_dict())
@@ -182,7 +205,11 @@ def test_a_half_precision_copy_of_a_merged_model_unmerges_to_the_half_precision_
     expected = eject(copy.deepcopy(model)).bfloat16().state_dict()
     merge(model)
     unmerge(model.bfloat16())
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items() if "miss_D" not in key)
+    assert all(
+        torch.equal(tensor, expected[key])
+        for key, tensor in model.state_dict().items()
+        if "miss_D" not in key
+    )
 
 
 def test_merged_models_compile():
@@ -257,7 +284,9 @@ def parametrize(model: nn.Sequential) -> None:
     nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Identity())
 
 
-@pytest.mark.parametrize("call", [merge, lambda model: eject(model, merge=True)], ids=["merge", "eject"])
+@pytest.mark.parametrize(
+    "call", [merge, lambda model: eject(model, merge=True)], ids=["merge", "eject"]
+)
 @pytest.mark.parametrize(
     ("break_", "message"),
     [
@@ -269,8 +298,14 @@ def parametrize(model: nn.Sequential) -> None:
         (set_d(math.inf), "miss_D is not finite"),
         (overflow, "sum of weight and delta is not finite in torch.float16"),
         (set_weight(torch.full((4, 4), math.nan)), "sum of weight and delta is not finite"),
-        (set_weight(torch.zeros(4, 4, dtype=torch.int8)), r"its weight is quantised \(torch.int8\)"),
-        (set_weight(torch.zeros(4, 4).to(torch.float8_e4m3fn)), r"its weight is quantised \(torch.float8_e4m3fn\)"),
+        (
+            set_weight(torch.zeros(4, 4, dtype=torch.int8)),
+            r"its weight is quantised \(torch.int8\)",
+        ),
+        (
+            set_weight(torch.zeros(4, 4).to(torch.float8_e4m3fn)),
+            r"its weight is quantised \(torch.float8_e4m3fn\)",
+        ),
         (set_weight(torch.zeros(4, 4).as_subclass(Quantised)), "its weight is a Quantised"),
         (set_weight(torch.zeros(4, 4, device="meta")), "its weight is on the meta device"),
         (set_weight(torch.zeros(4, 1).expand(4, 4)), "elements that share memory"),
@@ -282,7 +317,11 @@ def parametrize(model: nn.Sequential) -> None:
 def test_what_cannot_be_merged_is_refused_before_any_layer_is_touched(call, break_, message: str):
     model = two_layers()
     break_(model)
-    weight, buffers, kind = model[0].weight.detach().clone(), dict(model.named_buffers()), type(model[1])
+    weight, buffers, kind = (
+        model[0].weight.detach().clone(),
+        dict(model.named_buffers()),
+        type(model[1]),
+    )
     with pytest.raises(StateError, match=message):
         call(model)
     assert torch.equal(model[0].weight, weight)
@@ -330,7 +369,10 @@ def test_running_out_of_memory_leaves_nothing_merged(monkeypatch: pytest.MonkeyP
         merge(model)
     monkeypatch.undo()
     after = snapshot(model)
-    for name in ("0.weight parameter", "1.weight parameter"):  # all but the version counter, which tells autograd of the write
+    for name in (
+        "0.weight parameter",
+        "1.weight parameter",
+    ):  # all but the version counter, which tells autograd of the write
         (*kept, _, values), (*now, _, values_now) = before.pop(name), after.pop(name)
         assert (kept, values) == (now, values_now)
     assert before == after

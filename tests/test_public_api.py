@@ -14,7 +14,9 @@ import miss
 from miss.adapted import AdaptedLinear
 from tests.public_api import SNAPSHOT, public, snapshot
 
-CALLABLES = {name: value for name, value in public().items() if not isinstance(value, types.ModuleType)}
+CALLABLES = {
+    name: value for name, value in public().items() if not isinstance(value, types.ModuleType)
+}
 # Errors have nothing to say of these, and the docstrings of the layers speak for their base class.
 CALLABLES = {
     name: value
@@ -35,7 +37,9 @@ def plain(function: object) -> object:
 
 def code_of(function: object) -> Iterator[types.CodeType]:
     """The code of a function, a property or a class's constructor, with what is defined inside; not what dataclasses write."""
-    code = getattr(plain(function.__init__ if inspect.isclass(function) else function), "__code__", None)
+    code = getattr(
+        plain(function.__init__ if inspect.isclass(function) else function), "__code__", None
+    )
     pending = [code] if code and code.co_filename.endswith(".py") else []
     while pending:
         code = pending.pop()
@@ -54,7 +58,12 @@ def own_functions() -> Iterator[object]:
 
 def raising_names() -> set[str]:
     """The names of our functions that can raise: each has a raise statement, or uses the name of one that can."""
-    codes = [code for function in own_functions() if inspect.isroutine(function) for code in code_of(function)]
+    codes = [
+        code
+        for function in own_functions()
+        if inspect.isroutine(function)
+        for code in code_of(function)
+    ]
     raising = {code.co_name for code in codes if raises(code)}
     while more := {code.co_name for code in codes if raising & set(code.co_names)} - raising:
         raising |= more
@@ -82,5 +91,7 @@ def test_docstring_says_shapes(name: str):
     """Of a tensor that is an argument or the result, or goes through a layer. A dict of them has the shapes of its layers."""
     value = CALLABLES[name]
     annotations = inspect.get_annotations(plain(value)).values()
-    if any(annotation in (Tensor, Tensor | None) for annotation in annotations) or hasattr(value, "forward"):
+    if any(annotation in (Tensor, Tensor | None) for annotation in annotations) or hasattr(
+        value, "forward"
+    ):
         assert "Shape:" in value.__doc__, name

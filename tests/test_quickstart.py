@@ -5,7 +5,9 @@ from benchmarks import quickstart
 
 @pytest.mark.parametrize("method", ["misse", "miss"])
 def test_a_short_run(method: str, capsys: pytest.CaptureFixture[str]):
-    result = quickstart.main(["--words", "150", "--epochs", "1", "--rank", "4", "--method", method, "--lr", "1e-3"])
+    result = quickstart.main(
+        ["--words", "150", "--epochs", "1", "--rank", "4", "--method", method, "--lr", "1e-3"]
+    )
     assert set(result) == {"frozen", "adapted", "lr"}
     assert -1 <= result["adapted"] <= 1
     out = capsys.readouterr().out
@@ -25,7 +27,9 @@ def test_a_short_run(method: str, capsys: pytest.CaptureFixture[str]):
         (["--words", "5"], "at least 100"),
     ],
 )
-def test_wrong_arguments_end_with_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_wrong_arguments_end_with_one_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(SystemExit) as stop:
         quickstart.main(arguments)
     assert stop.value.code == 2

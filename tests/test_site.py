@@ -15,7 +15,10 @@ import torch
 from tests.public_api import public
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*)\n((?:.*\n)*?)^\1\2 *$", re.MULTILINE)
 PYTHON = "python"
 NOT_RUN = ("sh", "text", "json", "toml", "bibtex")  # beside the directives of MyST
@@ -25,27 +28,43 @@ def fences(page: str) -> list[tuple[int, str, str]]:
     """The fenced blocks of a page: the line of the fence, what stands behind it, the content."""
     text = PAGES[page].read_text()
     found = FENCE.finditer(text)
-    return [(text.count("\n", 0, each.start()) + 1, each[3].strip(), textwrap.dedent(each[4])) for each in found]
+    return [
+        (text.count("\n", 0, each.start()) + 1, each[3].strip(), textwrap.dedent(each[4]))
+        for each in found
+    ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(kind == PYTHON for _, kind, _ in fences(page))])
-def test_code_of_a_page_runs_as_shown(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(kind == PYTHON for _, kind, _ in fences(page))]
+)
+def test_code_of_a_page_runs_as_shown(
+    page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
-    module = types.ModuleType("page")  # one for all blocks; in sys.modules, so that pickle finds the classes of the page
+    module = types.ModuleType(
+        "page"
+    )  # one for all blocks; in sys.modules, so that pickle finds the classes of the page
     monkeypatch.setitem(sys.modules, "page", module)
     torch.manual_seed(0)
     for line, kind, code in fences(page):
         if kind == PYTHON:
-            exec(compile("\n" * line + code, str(PAGES[page]), "exec", dont_inherit=True), module.__dict__)
+            exec(
+                compile("\n" * line + code, str(PAGES[page]), "exec", dont_inherit=True),
+                module.__dict__,
+            )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_code_of_a_page_goes_unrun(page: str):
     text, blocks = PAGES[page].read_text(), fences(page)
-    assert 2 * len(blocks) == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)), "a fence is not closed"
+    assert 2 * len(blocks) == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)), (
+        "a fence is not closed"
+    )
     for line, kind, _ in blocks:
         directive = kind.startswith("{") and not kind.startswith("{code")
-        assert kind in (PYTHON, *NOT_RUN) or directive, f"{page}, line {line}: ```{kind} is neither run nor known not to be code"
+        assert kind in (PYTHON, *NOT_RUN) or directive, (
+            f"{page}, line {line}: ```{kind} is neither run nor known not to be code"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -86,7 +105,19 @@ class Sources(html.parser.HTMLParser):
 
 def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: pathlib.Path):
     site = tmp_path / "site"
-    strict = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", "docs", str(site)]
+    strict = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-n",
+        "-q",
+        "-b",
+        "html",
+        "docs",
+        str(site),
+    ]
     build = subprocess.run(strict, capture_output=True, text=True, cwd=ROOT)
     assert build.returncode == 0, build.stderr
 
@@ -101,6 +132,10 @@ def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: pat
         loaded |= dict.fromkeys(parser.found, path.name)
     for path in site.rglob("*.css"):
         css = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
-        loaded |= dict.fromkeys(re.findall(r"(?:url\(|@import)\s*['\"]?([^'\")\s]+)", css), path.name)
-    assert {source: name for source, name in loaded.items() if re.match(r"\w+:(?!image/)|//", source)} == {}
+        loaded |= dict.fromkeys(
+            re.findall(r"(?:url\(|@import)\s*['\"]?([^'\")\s]+)", css), path.name
+        )
+    assert {
+        source: name for source, name in loaded.items() if re.match(r"\w+:(?!image/)|//", source)
+    } == {}
     assert "tex-svg.js" in " ".join(loaded)

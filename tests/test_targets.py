@@ -11,7 +11,9 @@ from miss import StateError, TargetError, adapted_modules, inject
 from miss.targets import walk
 from tests.models import Decoder
 
-NAMES = sorted({name for name, m in Decoder().named_modules() if type(m) is nn.Linear} - {"lm_head"})
+NAMES = sorted(
+    {name for name, m in Decoder().named_modules() if type(m) is nn.Linear} - {"lm_head"}
+)
 ALIASED = "layers.1.mlp.2"  # comes first as "alias" in no walk: parents and their order decide
 
 
@@ -31,9 +33,15 @@ def adapted(targets: object, **options: object) -> list[str]:
         (re.compile(r".*\.[qk]_proj"), [n for n in NAMES if n.endswith(("q_proj", "k_proj"))]),
         (nn.Linear, sorted([*NAMES, "lm_head"])),
         (lambda name, module: name.endswith("v_proj"), [n for n in NAMES if n.endswith("v_proj")]),
-        (functools.partial(lambda end, name, module: name.endswith(end), "v_proj"), [n for n in NAMES if n.endswith("v_proj")]),
+        (
+            functools.partial(lambda end, name, module: name.endswith(end), "v_proj"),
+            [n for n in NAMES if n.endswith("v_proj")],
+        ),
         ("all-linear", NAMES),
-        (["q_proj", re.compile("lm_.*")], ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "lm_head"]),
+        (
+            ["q_proj", re.compile("lm_.*")],
+            ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "lm_head"],
+        ),
         ((name for name in ["k_proj"]), [n for n in NAMES if n.endswith("k_proj")]),
         ({"alias"}, [ALIASED]),
         ("al*", [ALIASED]),
@@ -44,12 +52,18 @@ def test_each_form(targets: object, expected: list[str]):
 
 
 @given(
-    st.lists(st.sampled_from(["layers", "0", "1", "self_attn", "q_proj", "mlp", "2", "proj", "alias"]), min_size=1, max_size=4)
+    st.lists(
+        st.sampled_from(["layers", "0", "1", "self_attn", "q_proj", "mlp", "2", "proj", "alias"]),
+        min_size=1,
+        max_size=4,
+    )
 )
 def test_a_plain_string_matches_whole_last_components(parts: list[str]):
     # Independent definition: the components of the target are the last components of one of the module's names.
     aliases = {ALIASED: ["alias", ALIASED]}
-    expected = [n for n in NAMES if any(a.split(".")[-len(parts) :] == parts for a in aliases.get(n, [n]))]
+    expected = [
+        n for n in NAMES if any(a.split(".")[-len(parts) :] == parts for a in aliases.get(n, [n]))
+    ]
     if expected:
         assert adapted(".".join(parts)) == expected
     else:
@@ -58,10 +72,16 @@ def test_a_plain_string_matches_whole_last_components(parts: list[str]):
 
 
 def test_exclude_wins_under_any_name():
-    assert adapted("all-linear", exclude="layers.1") == [n for n in NAMES if n.startswith("layers.0")]
+    assert adapted("all-linear", exclude="layers.1") == [
+        n for n in NAMES if n.startswith("layers.0")
+    ]
     assert adapted("mlp.2", exclude="alias") == ["layers.0.mlp.2"]
-    assert adapted(["q_proj", "k_proj"], exclude="k_proj") == [n for n in NAMES if n.endswith("q_proj")]
-    assert adapted("all-linear", trainable="layers.0") == [n for n in NAMES if n.startswith("layers.1")]
+    assert adapted(["q_proj", "k_proj"], exclude="k_proj") == [
+        n for n in NAMES if n.endswith("q_proj")
+    ]
+    assert adapted("all-linear", trainable="layers.0") == [
+        n for n in NAMES if n.startswith("layers.1")
+    ]
     with pytest.raises(TargetError, match="nothing is left to adapt"):
         adapted("q_proj", exclude=nn.Linear)
 
@@ -69,7 +89,18 @@ def test_exclude_wins_under_any_name():
 @pytest.mark.parametrize("argument", ["targets", "exclude", "trainable"])
 @pytest.mark.parametrize(
     "value",
-    [5, None, [None], b"q_proj", re.compile(b"q"), [["q_proj"]], int, nn.Linear(1, 1), nn.ModuleList(), ["q_proj", 1.5]],
+    [
+        5,
+        None,
+        [None],
+        b"q_proj",
+        re.compile(b"q"),
+        [["q_proj"]],
+        int,
+        nn.Linear(1, 1),
+        nn.ModuleList(),
+        ["q_proj", 1.5],
+    ],
 )
 def test_unknown_forms(argument: str, value: object):
     with pytest.raises(TargetError, match=f"{argument}: unknown form"):

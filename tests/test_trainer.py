@@ -25,8 +25,15 @@ class Texts(torch.utils.data.Dataset):
 
 def causal_lm() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=20, vocab_size=31))
+    sizes = {
+        "hidden_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, intermediate_size=20, vocab_size=31)
+    )
 
 
 def trainer(model: nn.Module, folder: pathlib.Path, steps: int) -> transformers.Trainer:
@@ -47,7 +54,9 @@ def trainer(model: nn.Module, folder: pathlib.Path, steps: int) -> transformers.
 
 
 @pytest.mark.parametrize("method", ["misse", "miss"])
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # not ours to mend
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
+)  # not ours to mend
 def test_train_checkpoint_resume_save_and_load(tmp_path: pathlib.Path, method: str):
     base = causal_lm()
     model = inject(copy.deepcopy(base), "all-linear", rank=2, method=method)
@@ -60,13 +69,17 @@ def test_train_checkpoint_resume_save_and_load(tmp_path: pathlib.Path, method: s
         assert torch.equal(model.get_parameter(name), parameter)
 
     resumed = inject(copy.deepcopy(base), "all-linear", rank=2, method=method)
-    trainer(resumed, tmp_path / "resumed", steps=8).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    trainer(resumed, tmp_path / "resumed", steps=8).train(
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4")
+    )
     for layer, again in zip(adapted_modules(model).values(), adapted_modules(resumed).values()):
         assert layer.miss_D.any()
         assert torch.equal(layer.miss_D, again.miss_D)
 
     save(model, tmp_path / "adapter.safetensors")
     adapters = sum(layer.miss_D.nbytes for layer in adapted_modules(model).values())
-    assert (tmp_path / "adapter.safetensors").stat().st_size < adapters + 8000  # 14 layers' metadata
+    assert (
+        tmp_path / "adapter.safetensors"
+    ).stat().st_size < adapters + 8000  # 14 layers' metadata
     loaded = load(copy.deepcopy(base), tmp_path / "adapter.safetensors").eval()
     assert torch.equal(loaded(TEXTS).logits, model.eval()(TEXTS).logits)

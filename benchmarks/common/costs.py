@@ -33,7 +33,9 @@ def costs(
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    steps = 3 * rounds  # most of what is timed lies in AdaLoRA's middle part, where it fits its budget
+    steps = (
+        3 * rounds
+    )  # most of what is timed lies in AdaLoRA's middle part, where it fits its budget
     starts: dict[str, list[float]] = {name: [] for name in builds}
     models = {}
     for _ in range(max(3, rounds // 10)):
@@ -44,7 +46,14 @@ def costs(
             starts[name].append(time.perf_counter() - start)
 
     def stepper(name: str) -> Callable[[], object]:
-        run = fit(models[name], name, ranks[name], itertools.repeat(batch), lr=1e-4, schedule=lambda step: 1.0)
+        run = fit(
+            models[name],
+            name,
+            ranks[name],
+            itertools.repeat(batch),
+            lr=1e-4,
+            schedule=lambda step: 1.0,
+        )
         return lambda: next(run)
 
     steppers = {name: stepper(name) for name in models}
@@ -52,7 +61,10 @@ def costs(
     result = {}
     for name, adapted in models.items():
         weights = trained(adapted)
-        held = sum(tensor.nbytes for tensor in (*adapted.parameters(), *adapted.buffers(), *weights, *weights))
+        held = sum(
+            tensor.nbytes
+            for tensor in (*adapted.parameters(), *adapted.buffers(), *weights, *weights)
+        )
         result[name] = {
             "trainable": sum(parameter.numel() for parameter in weights),
             "rank": ranks[name],

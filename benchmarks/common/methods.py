@@ -54,7 +54,9 @@ class Output:
     predictions: Tensor
 
 
-def equal_rank(method: str, budget: int, linears: Iterable[nn.Linear], *, vera: int = 256) -> int | None:
+def equal_rank(
+    method: str, budget: int, linears: Iterable[nn.Linear], *, vera: int = 256
+) -> int | None:
     """The largest rank at which ``method`` trains at most ``budget`` parameters in these layers, and at least 1.
 
     VeRA cannot spend the budget, since its matrices are frozen: its rank is ``vera``. Full fine-tuning has none.
@@ -71,7 +73,11 @@ def equal_rank(method: str, budget: int, linears: Iterable[nn.Linear], *, vera: 
 def targeted(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The linear layers whose last name is among ``targets``, by their whole names."""
     named = model.named_modules()
-    return {name: layer for name, layer in named if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets}
+    return {
+        name: layer
+        for name, layer in named
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets
+    }
 
 
 def alpha(method: str, rank: int, scale: float | None = None) -> float:
@@ -115,11 +121,22 @@ def adapt(
         config = peft.VeraConfig(r=rank, **common)
     elif method == ADALORA:
         # Two thirds of the rank are left at the end, as in PEFT's defaults (12 and 8).
-        ends = {"init_r": rank, "target_r": max(1, rank * 2 // 3), "tinit": steps // 10, "tfinal": steps // 3}
-        config = peft.AdaLoraConfig(total_step=steps, lora_alpha=alpha(method, rank, scale), **ends, **common)
+        ends = {
+            "init_r": rank,
+            "target_r": max(1, rank * 2 // 3),
+            "tinit": steps // 10,
+            "tfinal": steps // 3,
+        }
+        config = peft.AdaLoraConfig(
+            total_step=steps, lora_alpha=alpha(method, rank, scale), **ends, **common
+        )
     else:
         initial = "pissa" if method == PISSA else True
-        kinds = {"init_lora_weights": initial, "use_rslora": method == RSLORA, "use_dora": method == DORA}
+        kinds = {
+            "init_lora_weights": initial,
+            "use_rslora": method == RSLORA,
+            "use_dora": method == DORA,
+        }
         config = peft.LoraConfig(r=rank, lora_alpha=alpha(method, rank, scale), **kinds, **common)
     wrapped = peft.get_peft_model(model, config)
     if method == LORA_FA:
@@ -165,7 +182,9 @@ def fit(
         optimizer = create_lorafa_optimizer(model, r=rank, lora_alpha=alpha(method, rank), lr=lr)
     else:
         own = trained(head[0]) if head else []
-        others = [parameter for parameter in trained(model) if all(parameter is not each for each in own)]
+        others = [
+            parameter for parameter in trained(model) if all(parameter is not each for each in own)
+        ]
         groups = [{"params": others}, {"params": own, "lr": head[1]}] if head else others
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

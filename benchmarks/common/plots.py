@@ -5,7 +5,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.methods import ADALORA, DORA, FULL, LORA, LORA_FA, MISS, MISSE, PISSA, RSLORA, SIGNED, VERA
+from common.methods import (
+    ADALORA,
+    DORA,
+    FULL,
+    LORA,
+    LORA_FA,
+    MISS,
+    MISSE,
+    PISSA,
+    RSLORA,
+    SIGNED,
+    VERA,
+)
 from common.runs import Estimate
 
 FIGURES = Path(__file__).parent.parent.parent / "docs" / "figures"
@@ -39,14 +51,18 @@ SETTINGS = {
 }
 
 
-def panels(rows: int, columns: int, *, width: float = 3.6, height: float = 2.8, **kwargs: Any) -> tuple[Any, list[Any]]:
+def panels(
+    rows: int, columns: int, *, width: float = 3.6, height: float = 2.8, **kwargs: Any
+) -> tuple[Any, list[Any]]:
     """A figure and its axes, in reading order."""
     import matplotlib
     from matplotlib import pyplot
 
     matplotlib.use("svg")
     pyplot.rcParams.update(SETTINGS)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **kwargs)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, **kwargs
+    )
     return figure, list(axes.flat)
 
 
@@ -56,10 +72,16 @@ def look(method: str, **others: Any) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "linestyle": dash, "label": method} | others
 
 
-def band(axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], method: str, **others: Any) -> None:
+def band(
+    axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], method: str, **others: Any
+) -> None:
     """A line through the means with its 95 % interval as a band; ``values`` holds at each x one number a seed."""
     estimates = [Estimate.of(of_x) for of_x in values]
-    axis.plot(x, [estimate.mean for estimate in estimates], **look(method, markevery=max(1, len(x) // 8), **others))
+    axis.plot(
+        x,
+        [estimate.mean for estimate in estimates],
+        **look(method, markevery=max(1, len(x) // 8), **others),
+    )
     low, high = ([mean + sign * half for mean, half in estimates] for sign in (-1, 1))
     if len(values[0]) > 1:
         axis.fill_between(x, low, high, color=STYLES[method][0], alpha=0.1, linewidth=0)
@@ -76,4 +98,6 @@ def save(figure: Any, name: str, sources: Iterable[Path]) -> None:
 
 def digest(sources: Iterable[Path]) -> str:
     """The names and SHA-256 sums of result files."""
-    return "; ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in sources)
+    return "; ".join(
+        f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in sources
+    )

@@ -37,7 +37,9 @@ class Estimate(NamedTuple):
 
     def text(self, digits: int = 3) -> str:
         """For a table: ``0.883 ± 0.004``."""
-        return f"{self.mean:.{digits}f}" + (f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else "")
+        return f"{self.mean:.{digits}f}" + (
+            f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else ""
+        )
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
@@ -69,7 +71,9 @@ def by_seed(runs: Iterable[Run], metric: str) -> dict[int, float]:
     result: dict[int, float] = {}
     for run in runs:
         if run["seed"] in result:
-            raise ValueError(f"two runs of seed {run['seed']}: {run}; keep runs of other settings in a file of their own")
+            raise ValueError(
+                f"two runs of seed {run['seed']}: {run}; keep runs of other settings in a file of their own"
+            )
         result[run["seed"]] = run[metric]
     return result
 
@@ -97,7 +101,9 @@ def write(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result file at one stroke, one run a line; no path, no file."""
     if path:
         runs = ",\n".join(json.dumps(run) for run in result["runs"])
-        rest = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)[:-2]
+        rest = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)[
+            :-2
+        ]
         draft = path.with_suffix(".tmp")
         draft.write_text(f'{rest},\n "runs": [\n{runs}\n]}}\n')
         os.replace(draft, path)
@@ -118,7 +124,9 @@ def rate_text(rate: float, runs: Iterable[Run]) -> str:
     return f"{rate:g}" + (" (edge)" if rate in (min(rates), max(rates)) else "")
 
 
-def run_all(jobs: Sequence[Run], work: Callable[[Run], Run], path: Path | None, workers: int) -> dict[str, Any]:
+def run_all(
+    jobs: Sequence[Run], work: Callable[[Run], Run], path: Path | None, workers: int
+) -> dict[str, Any]:
     """Run ``work`` on the settings of every job; return the result file's content, ``{"environment": ..., "runs": [...]}``.
 
     A run is one dict: its settings (every job has the same ones), what ``work`` returned, and the commit. The file is
@@ -142,7 +150,9 @@ def run_all(jobs: Sequence[Run], work: Callable[[Run], Run], path: Path | None, 
                 keep(job, work(job))
                 bar.update()
             return result
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+        ) as pool:
             futures = {pool.submit(work, job): job for job in left}
             try:
                 for future in as_completed(futures):
@@ -157,8 +167,22 @@ def run_all(jobs: Sequence[Run], work: Callable[[Run], Run], path: Path | None, 
 def get_parser(doc: str, *, seeds: int) -> ArgumentParser:
     """The command line that all experiments have."""
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="result file; runs in it are not repeated (default: none)")
-    parser.add_argument("--seeds", type=int, default=seeds, help=f"runs of each setting (default: {seeds})")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread (default: one a core)")
-    parser.add_argument("--quick", action="store_true", help="small runs, to see that everything works")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="result file; runs in it are not repeated (default: none)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=seeds, help=f"runs of each setting (default: {seeds})"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes of one thread (default: one a core)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small runs, to see that everything works"
+    )
     return parser

@@ -27,9 +27,17 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     if not layers:
         raise StateError(explain("save", "the model has no adapter", do="inject first"))
     if "" in layers:
-        raise StateError(explain("save", "a lone layer has no module path, and PEFT needs one", do="wrap it in a module"))
+        raise StateError(
+            explain(
+                "save",
+                "a lone layer has no module path, and PEFT needs one",
+                do="wrap it in a module",
+            )
+        )
     if (name := aliased(model, layers)) is not None:
-        raise StateError(explain(name, "is held under two names, of which PEFT would adapt the first alone"))
+        raise StateError(
+            explain(name, "is held under two names, of which PEFT would adapt the first alone")
+        )
     return layers
 
 
@@ -48,7 +56,11 @@ def base_config(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     wanted = set(names)
     targets: list[str] | str = "|".join(map(re.escape, sorted(wanted)))
     for choice in ({name.rpartition(".")[2] for name in wanted}, wanted):
-        if {name for name in instances(model, nn.Module) if any(f".{name}".endswith(f".{c}") for c in choice)} == wanted:
+        if {
+            name
+            for name in instances(model, nn.Module)
+            if any(f".{name}".endswith(f".{c}") for c in choice)
+        } == wanted:
             targets = sorted(choice)
             break
     base = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
@@ -62,7 +74,9 @@ def base_config(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def write(directory: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write(
+    directory: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     """Write both files, each of them atomically, the tensors first; the folder is made where it is missing.
 
     Raises:
@@ -77,7 +91,9 @@ def write(directory: str | os.PathLike[str], config: dict[str, Any], tensors: di
     except OSError as error:
         raise CheckpointError(explain(folder, f"cannot be written: {error}")) from error
     files.write_bytes(os.path.join(folder, WEIGHTS), content)
-    files.write_bytes(os.path.join(folder, CONFIG), json.dumps(config, indent=2, sort_keys=True).encode())
+    files.write_bytes(
+        os.path.join(folder, CONFIG), json.dumps(config, indent=2, sort_keys=True).encode()
+    )
 
 
 def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -100,5 +116,9 @@ def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, T
     _, tensors = files.read_tensors(path)
     foreign = [key for key in tensors if not key.startswith(PREFIX)]
     if foreign:
-        raise CheckpointError(explain(path, f"key {foreign[0]!r} is not of PEFT", expected=f"{PREFIX}<module path>..."))
+        raise CheckpointError(
+            explain(
+                path, f"key {foreign[0]!r} is not of PEFT", expected=f"{PREFIX}<module path>..."
+            )
+        )
     return config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
