@@ -1,4 +1,7 @@
-"""Hypothesis profiles: `dev` by default, `ci` reproducible, `deep` for a night. Choose with HYPOTHESIS_PROFILE."""
+"""Hypothesis profiles: `dev` by default, `ci` reproducible, `deep` for a night.
+
+HYPOTHESIS_PROFILE chooses one.
+"""
 
 import os
 

@@ -37,7 +37,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A language model with tied embeddings, an alias, and the method of transformers that names its head."""
+    """A language model with tied embeddings and an alias.
+
+    It has the method of transformers that names its head.
+    """
 
     def __init__(self, width: int = 8, vocabulary: int = 11, checkpointing: str | None = None):
         super().__init__()
@@ -67,7 +70,10 @@ TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
-    """All that must be as before when something fails or is undone: types, identities, flags, hooks, attributes, values."""
+    """All that must be as before when something fails or is undone.
+
+    These are types, identities, flags, hooks, attributes and values.
+    """
     state: dict[str, object] = {"keys": list(model.state_dict())}
     for name, module in model.named_modules(remove_duplicate=False):
         plain = {

@@ -1,4 +1,7 @@
-"""The public names of `miss` and their signatures; ``python -m tests.public_api`` writes them to ``public_api.txt``."""
+"""The public names of `miss` and their signatures.
+
+``python -m tests.public_api`` writes them to ``public_api.txt``.
+"""
 
 import inspect
 import pathlib
@@ -26,7 +29,10 @@ INTERNAL |= {"add_delta", "expand", "fused"}
 
 
 def public() -> dict[str, object]:
-    """Everything public, by the name under which the reference has it; methods under the class that defines them."""
+    """Everything public, by the name under which the reference has it.
+
+    Methods are under the class that defines them.
+    """
     found: dict[str, object] = {f"{each.__module__}.{each.__qualname__}": each for each in BESIDE}
     rooms = [miss]
     for room in rooms:
@@ -54,7 +60,8 @@ def signature(value: object) -> str:
     if isinstance(value, types.ModuleType):
         return ": module"
     if isinstance(value, property):
-        return f": property -> {inspect.formatannotation(inspect.signature(value.fget).return_annotation)}"
+        returns = inspect.signature(value.fget).return_annotation
+        return f": property -> {inspect.formatannotation(returns)}"
     if inspect.isclass(value) and issubclass(value, Exception):
         return f": exception, {', '.join(base.__name__ for base in value.__bases__)}"
     return str(inspect.signature(value))

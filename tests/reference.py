@@ -1,4 +1,7 @@
-"""A slow oracle, written from the paper's equations loop by loop. It shares no code with the package."""
+"""A slow oracle, written from the paper's equations loop by loop.
+
+It shares no code with the package.
+"""
 
 import torch
 from torch import Tensor
@@ -30,7 +33,10 @@ def delta(method: str, d: Tensor, out_features: int, in_features: int) -> Tensor
 
 
 def factor(method: str, rank: int, out_features: int, in_features: int) -> Tensor:
-    """The frozen 0/1 factor that makes the form a LoRA: A, ``(r, in)``, of MiSSe, or B, ``(out, r)``, of MiSS."""
+    """The frozen 0/1 factor that makes the form a LoRA.
+
+    It is A, ``(r, in)``, of MiSSe, or B, ``(out, r)``, of MiSS.
+    """
     if method == "misse":
         return torch.tensor(
             [[float(c % rank == j) for c in range(in_features)] for j in range(rank)],
@@ -45,7 +51,10 @@ def factor(method: str, rank: int, out_features: int, in_features: int) -> Tenso
 
 
 def sharded(method: str, x: Tensor, d: Tensor, out_features: int) -> Tensor:
-    """``expand(D) x`` for one input vector, as the equations write it: block by block (Eq. 4-7) or shard by shard (Eq. 2-3)."""
+    """``expand(D) x`` for one input vector, as the equations write it.
+
+    MiSSe goes block by block (Eq. 4-7), MiSS shard by shard (Eq. 2-3).
+    """
     if method == "misse":
         rank = d.shape[1]
         padded = torch.cat([x, x.new_zeros(-len(x) % rank)])

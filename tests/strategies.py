@@ -60,7 +60,10 @@ ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
 
 @st.composite
 def cases(draw: st.DrawFn, max_size: int = 13) -> Case:
-    """Layers of all shapes: ragged and even, rank 1 and full, bias or none, every leading shape, empty batches."""
+    """Layers of all shapes.
+
+    Ragged and even, rank 1 and full, bias or none, every leading shape, empty batches.
+    """
     method = draw(st.sampled_from(sorted(FORMS)))
     in_features, out_features = draw(st.integers(1, max_size)), draw(st.integers(1, max_size))
     limit = in_features if method == "misse" else out_features
@@ -77,11 +80,12 @@ def cases(draw: st.DrawFn, max_size: int = 13) -> Case:
 
 
 def tolerance(dtype: torch.dtype, magnitude: Tensor, terms: int) -> Tensor:
-    """A bound on the rounding error of a result that sums ``terms`` products whose absolute values add up to ``magnitude``.
+    """A bound on the rounding error of a sum of ``terms`` products.
 
-    Each of at most eight roundings to ``dtype`` (inputs cast, block sum, two products, their results, the final sum) costs
-    one eps of the magnitude; each addition inside a sum costs one eps of the accumulator, fp32 for half precision. The
-    last term is the spacing of the subnormals, for each term.
+    The absolute values of the products add up to ``magnitude``. Each of at most eight roundings to
+    ``dtype`` (inputs cast, block sum, two products, their results, the final sum) costs one eps of
+    the magnitude. Each addition inside a sum costs one eps of the accumulator, fp32 for half
+    precision. The last term is the spacing of the subnormals, for each term.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     accumulator = torch.finfo(torch.float32 if half else dtype).eps
@@ -92,7 +96,10 @@ def tolerance(dtype: torch.dtype, magnitude: Tensor, terms: int) -> Tensor:
 
 
 def assert_equals_oracle(case: Case, layer: nn.Linear, x: Tensor) -> None:
-    """Output, gradient of the input, gradient of D, and the output with the delta merged, for a random gradient of the output."""
+    """Output, gradient of the input, gradient of D, and the output with the delta merged.
+
+    The gradient of the output is random.
+    """
     dtype, x = x.dtype, x.detach().requires_grad_()
     y = layer(x)
     g = torch.randn(

@@ -128,7 +128,10 @@ def test_disabled_under_activation_checkpointing(method: str, checkpointing: str
 
 
 class Normed(nn.Module):
-    """A model with running statistics and dropout, one layer that it never calls, and one that it calls past the hooks."""
+    """A model with running statistics and dropout.
+
+    It never calls one of its layers, and calls another past the hooks.
+    """
 
     def __init__(self):
         super().__init__()

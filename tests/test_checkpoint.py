@@ -426,7 +426,10 @@ def test_a_process_of_its_own_loads_the_file(tmp_path: pathlib.Path):
     layer = MiSSeLinear(4, 3, rank=2)
     perturb(layer)
     save(layer, tmp_path / "a.pt")
-    code = "import sys, torch, miss; print(miss.load(torch.nn.Linear(4, 3), sys.argv[1]).miss_D.tolist())"
+    code = (
+        "import sys, torch, miss; "
+        "print(miss.load(torch.nn.Linear(4, 3), sys.argv[1]).miss_D.tolist())"
+    )
     root = pathlib.Path(miss.__file__).parent.parent
     run = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a.pt"],

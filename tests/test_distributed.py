@@ -12,7 +12,7 @@ from miss import adapter_parameters, inject
 
 
 def compare(rank: int, store: str) -> None:
-    """Adapted, then sharded column- and row-wise: outputs and gradients of D as without sharding."""
+    """Adapted, then sharded column- and row-wise: outputs and gradients of D as unsharded."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,

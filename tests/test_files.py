@@ -1,4 +1,7 @@
-"""Faults: whatever happens to a file, loading gives what was saved, or an error that says what is wrong, and no change."""
+"""Faults: whatever happens to a file, loading gives what was saved, or fails cleanly.
+
+The error says what is wrong, and the model has not changed.
+"""
 
 import copy
 import errno
@@ -88,7 +91,10 @@ def test_flipped_bytes(tmp_path: pathlib.Path, model: nn.Module, suffix: str, fl
 
 
 def rewrite(path: pathlib.Path, change) -> None:
-    """Let ``change(tensors, about)`` edit a .safetensors file, the checksum left as it was; it may return another text."""
+    """Let ``change(tensors, about)`` edit a .safetensors file, the checksum left as it was.
+
+    It may return another text.
+    """
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["miss"])
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -1,4 +1,7 @@
-"""PEFT as the referee: what one library writes, the other reads, to the same tensors and the same logits."""
+"""PEFT as the referee: what one library writes, the other reads.
+
+The tensors and the logits are the same.
+"""
 
 import copy
 import json
@@ -199,7 +202,10 @@ def test_bone_reads(tmp_path: pathlib.Path):
 def peft_and_ours(
     tmp_path: pathlib.Path, base: nn.Module, config: peft.PeftConfig
 ) -> tuple[nn.Module, nn.Module]:
-    """PEFT's model, adapted and trained, and ours, loaded from its directory into a copy of the base."""
+    """PEFT's model, adapted and trained, and ours.
+
+    Ours is loaded from its directory into a copy of the base.
+    """
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     for parameter in theirs.parameters():
         if parameter.requires_grad:

@@ -1,4 +1,7 @@
-"""What both writers of PEFT directories share, and LoRA: PEFT loads what `miss` wrote, to the same logits."""
+"""What both writers of PEFT directories share, and LoRA.
+
+PEFT loads what `miss` wrote, to the same logits.
+"""
 
 import copy
 import json

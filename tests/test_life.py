@@ -1,4 +1,7 @@
-"""The life of an adapter as a state machine: whatever the order of calls, outputs are those of a model of what they should be."""
+"""The life of an adapter as a state machine.
+
+Whatever the order of calls, outputs are those of a model of what they should be.
+"""
 
 import copy
 import io
@@ -39,7 +42,10 @@ Settings = dict[str, tuple[str, int, float]]  # layer -> method, rank, scale
 
 
 class Bag(nn.Module):
-    """Linear layers side by side, so that each output has a rounding error that can be bounded; one has two names."""
+    """Linear layers side by side, so that each output has a rounding error that can be bounded.
+
+    One layer has two names.
+    """
 
     def __init__(self):
         super().__init__()
@@ -53,7 +59,10 @@ class Bag(nn.Module):
 
 
 class Life(RuleBasedStateMachine):
-    """``base``, ``settings``, ``adapters``, ``merged`` and ``depth`` are the model of what the real one should be."""
+    """A model of what the real one should be.
+
+    It is ``base``, ``settings``, ``adapters``, ``merged`` and ``depth``.
+    """
 
     states = Bundle("states")
     checkpoints = Bundle("checkpoints")
@@ -276,7 +285,10 @@ class Life(RuleBasedStateMachine):
             self.contexts.pop().close()
 
     def weights(self, off: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-        """What each layer's weight is in effect, from the oracle in float64, and the sum of its terms' absolute values."""
+        """What each layer's weight is in effect, from the oracle in float64.
+
+        With it comes the sum of its terms' absolute values.
+        """
         result = {}
         for name, (out_features, in_features) in SHAPES.items():
             weight = self.base[f"layers.{name}.weight"].double()

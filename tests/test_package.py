@@ -9,7 +9,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_import_needs_torch_and_einops_only():
-    code = "import sys, torch, einops; before = set(sys.modules); import miss; print(sorted(set(sys.modules) - before))"
+    code = (
+        "import sys, torch, einops; before = set(sys.modules); "
+        "import miss; print(sorted(set(sys.modules) - before))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout

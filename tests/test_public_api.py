@@ -26,7 +26,10 @@ CALLABLES = {
 
 
 def test_public_names_and_signatures_are_those_of_the_snapshot():
-    advice = "the public API has changed; if it should, run `python -m tests.public_api` and add a line to docs/changelog.md"
+    advice = (
+        "the public API has changed; if it should, "
+        "run `python -m tests.public_api` and add a line to docs/changelog.md"
+    )
     assert snapshot() == SNAPSHOT.read_text(), advice
 
 
@@ -36,7 +39,10 @@ def plain(function: object) -> object:
 
 
 def code_of(function: object) -> Iterator[types.CodeType]:
-    """The code of a function, a property or a class's constructor, with what is defined inside; not what dataclasses write."""
+    """The code of a function, a property or a class's constructor, with what is defined inside.
+
+    What dataclasses write is left out.
+    """
     code = getattr(
         plain(function.__init__ if inspect.isclass(function) else function), "__code__", None
     )
@@ -57,7 +63,10 @@ def own_functions() -> Iterator[object]:
 
 
 def raising_names() -> set[str]:
-    """The names of our functions that can raise: each has a raise statement, or uses the name of one that can."""
+    """The names of our functions that can raise.
+
+    Each has a raise statement, or uses the name of one that can.
+    """
     codes = [
         code
         for function in own_functions()
@@ -80,7 +89,10 @@ RAISING = raising_names()
 
 @pytest.mark.parametrize("name", CALLABLES)
 def test_docstring_says_what_is_raised(name: str):
-    """An approximation: a name stands for all functions of that name. It may ask for too much, and has not so far."""
+    """An approximation: a name stands for all functions of that name.
+
+    It may ask for too much, and has not so far.
+    """
     value = CALLABLES[name]
     can = any(raises(code) or RAISING & set(code.co_names) for code in code_of(value))
     assert can == ("Raises:" in value.__doc__), f"{name} {'can raise' if can else 'raises nothing'}"
@@ -88,7 +100,10 @@ def test_docstring_says_what_is_raised(name: str):
 
 @pytest.mark.parametrize("name", CALLABLES)
 def test_docstring_says_shapes(name: str):
-    """Of a tensor that is an argument or the result, or goes through a layer. A dict of them has the shapes of its layers."""
+    """Of a tensor that is an argument or the result, or goes through a layer.
+
+    A dict of them has the shapes of its layers.
+    """
     value = CALLABLES[name]
     annotations = inspect.get_annotations(plain(value)).values()
     if any(annotation in (Tensor, Tensor | None) for annotation in annotations) or hasattr(

@@ -59,7 +59,8 @@ def test_each_form(targets: object, expected: list[str]):
     )
 )
 def test_a_plain_string_matches_whole_last_components(parts: list[str]):
-    # Independent definition: the components of the target are the last components of one of the module's names.
+    # Independent definition: the components of the target are the last components of one of the
+    # module's names.
     aliases = {ALIASED: ["alias", ALIASED]}
     expected = [
         n for n in NAMES if any(a.split(".")[-len(parts) :] == parts for a in aliases.get(n, [n]))
