@@ -1,11 +1,17 @@
-"""A small vision transformer that knows printed digits learns handwritten ones: methods, learning rates, half the parameters.
+"""A small vision transformer that knows printed digits learns handwritten ones.
 
-The base is trained here, on digits rendered in the DejaVu fonts: shifted, turned, blurred, noisy, 8 x 8 pixels. It is adapted to
-the handwritten digits of scikit-learn, of the same size, with 20 training images a class. All methods adapt all linear layers of
-the blocks and train the head, at equal numbers of adapter parameters (VeRA, which cannot, at one rank), and each is reported at
-the learning rate that is best for it on validation images. MiSSe, MiSS and LoRA run at half that number too, where the paper's
-Table 6 has MiSS equal to LoRA. Seeds draw training images, batches and adapters (VeRA's frozen matrices apart); base, validation
-and test images are fixed, so that the intervals do not tell of another base or of other test images.
+It compares methods and learning rates, and some methods at half the parameters.
+
+The base is trained here, on digits rendered in the DejaVu fonts: shifted, turned, blurred, noisy,
+8 x 8 pixels. It is adapted to the handwritten digits of scikit-learn, of the same size, with 20
+training images a class. All methods adapt all linear layers of the blocks and train the head, at
+equal numbers of adapter parameters (VeRA, which cannot, at one rank). Each is reported at the
+learning rate that is best for it on validation images. MiSSe, MiSS and LoRA run at half that number
+too, where the paper's Table 6 has MiSS equal to LoRA.
+
+Seeds draw training images, batches and adapters, but not VeRA's frozen matrices. Base, validation
+and test images are fixed, so that the intervals do not tell of another base or of other test
+images.
 """
 
 import copy
@@ -71,7 +77,10 @@ Images = tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual; the projections are linear layers that adapters can wrap."""
+    """Attention and MLP, each behind a norm and beside a residual.
+
+    The projections are linear layers that adapters can wrap.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,12 +91,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (b, tokens, width) to the same shape."""
         y = self.before_attention(x)
-        q, k, v = (
-            rearrange(f(y), "b t (h c) -> b h t c", h=HEADS) for f in (self.q, self.k, self.v)
-        )
-        x = x + self.o(
-            rearrange(nn.functional.scaled_dot_product_attention(q, k, v), "b h t c -> b t (h c)")
-        )
+        projected = (self.q(y), self.k(y), self.v(y))
+        q, k, v = (rearrange(part, "b t (h c) -> b h t c", h=HEADS) for part in projected)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.o(rearrange(attended, "b h t c -> b t (h c)"))
         return x + self.down(nn.functional.gelu(self.up(self.before_mlp(x))))
 
 
@@ -111,7 +118,10 @@ class Transformer(nn.Module):
 
 
 def rendered(count: int, seed: int) -> Images:
-    """Printed digits, (count, 8, 8), 0 for paper and 1 for ink, and what they are: as many of each class, in turn."""
+    """Printed digits, (count, 8, 8), 0 for paper and 1 for ink, and what they are.
+
+    There are as many of each class, in turn.
+    """
     import matplotlib
     import numpy
     from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -119,9 +129,11 @@ def rendered(count: int, seed: int) -> Images:
     rng = numpy.random.RandomState(seed)
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf")
     files = sorted(path for path in fonts if "Display" not in path.stem)
-    load = functools.cache(
-        lambda file, size: ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
-    )
+
+    @functools.cache
+    def load(file: Path, size: int) -> ImageFont.FreeTypeFont:
+        return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+
     images = []
     for place in range(count):
         font = load(files[rng.randint(len(files))], int(rng.randint(*FONT_SIZES)))
@@ -130,39 +142,36 @@ def rendered(count: int, seed: int) -> Images:
         ImageDraw.Draw(image).text(
             centre, str(place % CLASSES), 255, font, anchor="mm", stroke_width=thickness
         )
-        image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR).filter(
-            ImageFilter.GaussianBlur(rng.uniform(0, 3))
-        )
-        images.append(
-            numpy.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=numpy.float32)
-            / 255
-        )
-    noisy = rng.uniform(0.7, 1.1, (count, 1, 1)) * numpy.stack(images) + rng.normal(
-        0, 0.05, (count, SIDE, SIDE)
-    )
+        image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 3)))
+        image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+        images.append(numpy.asarray(image, dtype=numpy.float32) / 255)
+    noisy = rng.uniform(0.7, 1.1, (count, 1, 1)) * numpy.stack(images)
+    noisy = noisy + rng.normal(0, 0.05, (count, SIDE, SIDE))
     return torch.from_numpy(noisy).float().clip(0, 1), torch.arange(count) % CLASSES
 
 
 @functools.cache
 def handwritten() -> dict[str, Images]:
-    """Handwritten digits, in parts: to test, to validate, and the pool from which seeds draw their training images."""
+    """Handwritten digits, in parts.
+
+    One part is to test, one to validate. From the pool seeds draw their training images.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images, labels = torch.from_numpy(digits.images).float() / 16, torch.from_numpy(digits.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(BASE_SEED))
     rows = order.split([TEST, VALIDATION, len(labels) - TEST - VALIDATION])
-    return {
-        name: (images[row], labels[row]) for name, row in zip(("test", "validation", "pool"), rows)
-    }
+    names = ("test", "validation", "pool")
+    return {name: (images[row], labels[row]) for name, row in zip(names, rows)}
 
 
 def chosen(labels: Tensor, seed: int) -> Tensor:
     """The rows of the pool that a seed trains on, as many of each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return torch.cat(
-        [order[labels[order] == digit][: TRAIN // CLASSES] for digit in range(CLASSES)]
-    )
+    of_class = [order[labels[order] == digit] for digit in range(CLASSES)]
+    return torch.cat([rows[: TRAIN // CLASSES] for rows in of_class])
 
 
 def train(
@@ -177,15 +186,15 @@ def train(
 ) -> None:
     """Train in batches of ``size`` in random order, while the rate falls to zero."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [
-        part
-        for _ in range(epochs)
-        for part in torch.randperm(len(images[1]), generator=generator).split(size)
-    ]
+    parts: list[Tensor] = []
+    for _ in range(epochs):
+        parts += torch.randperm(len(images[1]), generator=generator).split(size)
     batches = ((images[0][part], images[1][part]) for part in parts)
-    for _ in methods.fit(
-        model, method, rank, batches, lr=lr, schedule=lambda step: 1 - step / len(parts)
-    ):
+
+    def schedule(step: int) -> float:
+        return 1 - step / len(parts)
+
+    for _ in methods.fit(model, method, rank, batches, lr=lr, schedule=schedule):
         pass
 
 
@@ -196,9 +205,8 @@ def pretrained(size: int) -> nn.Module:
     torch.set_num_threads(1)
     torch.manual_seed(BASE_SEED)
     model = Transformer()
-    train(
-        model, FULL, None, rendered(size, BASE_SEED), BASE_BATCH, BASE_EPOCHS, BASE_RATE, BASE_SEED
-    )
+    images = rendered(size, BASE_SEED)
+    train(model, FULL, None, images, BASE_BATCH, BASE_EPOCHS, BASE_RATE, BASE_SEED)
     torch.set_num_threads(threads)
     return model
 
@@ -211,7 +219,10 @@ def accuracy(model: nn.Module, images: Images) -> float:
 
 
 def base_accuracy(size: int) -> dict[str, float]:
-    """Of the base before any adaptation: on printed digits that it has not seen, and on the handwritten test images."""
+    """Of the base before any adaptation.
+
+    On printed digits that it has not seen, and on the handwritten test images.
+    """
     images = {"rendered": rendered(1000, BASE_SEED + 1), "real": handwritten()["test"]}
     return {name: accuracy(pretrained(size), of_name) for name, of_name in images.items()}
 
@@ -244,20 +255,13 @@ def ranks() -> dict[tuple[str, float], int | None]:
 
 def jobs(seeds: int, epochs: int, size: int) -> list[Run]:
     """The settings of every run."""
-    return [
-        {
-            "method": method,
-            "rank": rank,
-            "budget": share,
-            "lr": lr,
-            "seed": seed,
-            "epochs": epochs,
-            "size": size,
-        }
-        for seed in range(seeds)
-        for (method, share), rank in ranks().items()
-        for lr in RATES[method]
-    ]
+    wanted: list[Run] = []
+    for seed in range(seeds):
+        common = {"seed": seed, "epochs": epochs, "size": size}
+        for (method, share), rank in ranks().items():
+            setting = {"method": method, "rank": rank, "budget": share}
+            wanted += [{**setting, "lr": lr, **common} for lr in RATES[method]]
+    return wanted
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -273,100 +277,86 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def at_best(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
-    """Of each method and share of the budget the runs at the learning rate with the best mean validation accuracy."""
-    own = {(method, share): select(runs, method=method, budget=share) for method, share in SETTINGS}
-    return {
-        key: select(of_key, lr=best_rate(of_key, "validation_accuracy", largest=True))
-        for key, of_key in own.items()
-    }
+    """Of each method and share of the budget the runs at the best learning rate.
+
+    That is the one with the best mean validation accuracy.
+    """
+    best = {}
+    for method, share in SETTINGS:
+        own = select(runs, method=method, budget=share)
+        rate = best_rate(own, "validation_accuracy", largest=True)
+        best[method, share] = select(own, lr=rate)
+    return best
 
 
 def quality(result: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """Test accuracy in per cent at the best learning rate and the whole budget, by method and seed."""
-    best = {method: runs for (method, share), runs in at_best(result["runs"]).items() if share == 1}
-    return {
-        method: {run["seed"]: 100 * run["test_accuracy"] for run in runs}
-        for method, runs in best.items()
-    }
+    """Test accuracy in per cent, by method and seed.
+
+    It is that at the best learning rate and the whole budget.
+    """
+    scores = {}
+    for (method, share), runs in at_best(result["runs"]).items():
+        if share == 1:
+            scores[method] = {run["seed"]: 100 * run["test_accuracy"] for run in runs}
+    return scores
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The table, in Markdown, and what lies beside it: the base, and half the budget against LoRA's whole."""
+    """The table, in Markdown, and what lies beside it.
+
+    That is the base, and half the budget against LoRA's whole.
+    """
     best, base, ours, rows = at_best(result["runs"]), result["base"], (MISSE, 1.0), []
     test = {key: by_seed(runs, "test_accuracy") for key, runs in best.items()}
     p = holm({str(key): paired(test[ours], test[key]) for key in best if key != ours})
-    head = [
-        "method",
-        "budget",
-        "rank",
-        "trained",
-        "step, ms",
-        "best rate",
-        "validation, %",
-        "test, %",
-        "p against MiSSe",
-    ]
     for (method, share), runs in best.items():
         step = f"{result['costs'][method]['step']['ms']:.1f}" if share == 1 else ""
-        scores = [
-            Estimate.of([100 * run[name] for run in runs]).text(1)
-            for name in ("validation_accuracy", "test_accuracy")
-        ]
+        sizes = [f"{share:g}", runs[0]["rank"] or "-", runs[0]["trainable"], step]
+        rate = rate_text(runs[0]["lr"], select(result["runs"], method=method, budget=share))
+        validation = Estimate.of([100 * run["validation_accuracy"] for run in runs]).text(1)
+        tested = Estimate.of([100 * run["test_accuracy"] for run in runs]).text(1)
         against = f"{p[str((method, share))]:.2g}" if (method, share) != ours else ""
-        sizes = [
-            f"{share:g}",
-            runs[0]["rank"] or "-",
-            runs[0]["trainable"],
-            step,
-            rate_text(runs[0]["lr"], select(result["runs"], method=method, budget=share)),
-        ]
-        rows.append([method, *sizes, *scores, against])
-    lines = [
-        f"Base: {base['rendered']:.1%} of unseen printed digits, {base['real']:.1%} of the handwritten test images."
-    ]
-    for key in [key for key in best if key[1] < 1]:
-        gaps = [100 * (value - test[LORA, 1.0][seed]) for seed, value in test[key].items()]
+        rows.append([method, *sizes, rate, validation, tested, against])
+    head = ["method", "budget", "rank", "trained", "step, ms", "best rate"]
+    lines = [table([*head, "validation, %", "test, %", "p against MiSSe"], rows)]
+    lines.append(
+        f"Base: {base['rendered']:.1%} of unseen printed digits, "
+        f"{base['real']:.1%} of the handwritten test images."
+    )
+    for method, share in [key for key in best if key[1] < 1]:
+        whole = test[LORA, 1.0]
+        gaps = [100 * (value - whole[seed]) for seed, value in test[method, share].items()]
         lines.append(
-            f"{key[0]} at {key[1]:g} of the budget, less LoRA at all of it: {Estimate.of(gaps).text(2)} points."
+            f"{method} at {share:g} of the budget, less LoRA at all of it: "
+            f"{Estimate.of(gaps).text(2)} points."
         )
-    return "\n\n".join([table(head, rows), *lines])
+    return "\n\n".join(lines)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy against parameters and against learning rate, by name."""
     figure, (sizes, rates) = plots.panels(1, 2, height=3.6)
     best = at_best(result["runs"])
-    counts = {
-        key: best[key][0]["trainable"]
-        for key in sorted(best, key=lambda key: best[key][0]["trainable"])
-    }
+    trainable = {key: runs[0]["trainable"] for key, runs in best.items()}
+    counts = dict(sorted(trainable.items(), key=lambda item: item[1]))
     for (method, share), runs in best.items():
         near = [key for key in counts if 0.8 < counts[key] / counts[method, share] < 1.25]
         x = counts[method, share] * 1.07 ** (near.index((method, share)) - (len(near) - 1) / 2)
-        others = (
-            {}
-            if share == 1
-            else {"markerfacecolor": "white", "label": f"{method}, half the budget"}
-        )
+        others = {"linestyle": ""}
+        if share < 1:
+            others |= {"markerfacecolor": "white", "label": f"{method}, half the budget"}
         mean, half = Estimate.of([100 * run["test_accuracy"] for run in runs])
-        sizes.errorbar(x, mean, half, capsize=2, **plots.look(method, linestyle="", **others))
+        sizes.errorbar(x, mean, half, capsize=2, **plots.look(method, **others))
         if share == 1:
             swept = by_rate(select(result["runs"], method=method, budget=share), "test_accuracy")
-            plots.band(
-                rates,
-                list(swept),
-                [[100 * value for value in values] for values in swept.values()],
-                method,
-            )
-    sizes.set(
-        xlabel="trained parameters (points a little apart)", ylabel="test accuracy, %", xscale="log"
-    )
-    rates.set(
-        xlabel="learning rate", ylabel="test accuracy, % (cut at 60)", xscale="log", ylim=(60, None)
-    )
-    figure.legend(
-        *sizes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
+            of_rate = [[100 * value for value in values] for values in swept.values()]
+            plots.band(rates, list(swept), of_rate, method)
+    sizes.set(xlabel="trained parameters (points a little apart)", ylabel="test accuracy, %")
+    rates.set(xlabel="learning rate", ylabel="test accuracy, % (cut at 60)", ylim=(60, None))
+    sizes.set_xscale("log")
+    rates.set_xscale("log")
+    handles = sizes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
     return {"digits_vit": figure}
 
 

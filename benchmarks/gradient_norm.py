@@ -1,20 +1,26 @@
-"""The paper's Figure 1: the size of the first gradient, for each method and rank, on real models and real batches.
+"""The paper's Figure 1: the size of the first gradient, for each method and rank.
 
-Beside each measured norm stands what is expected. Let M = G^T X be the gradient of the weight (d, k) of a layer, for inputs X and
-gradients G of its outputs. At the start, where the trained factor is zero, the first gradients are
+It is measured on real models and real batches. Beside each measured norm stands what is expected.
+Let M = G^T X be the gradient of the weight (d, k) of a layer, for inputs X and gradients G of its
+outputs. At the start, where the trained factor is zero, the first gradients are
 
-    LoRA    dB = M A^T, A random and independent of M    E |dB|^2 = r / (3 k) |M|^2, for any inputs
-    MiSSe   dD = M Ac^T, which sums columns of M         |dD|^2 = |M|^2, if the columns within a sum are uncorrelated
-    MiSS    dD = Ec^T M, which sums rows of M            |dD|^2 = |M|^2, if the rows within a sum are uncorrelated
+    LoRA    dB = M A^T, A random and independent of M    E |dB|^2 = r / (3 k) |M|^2
+    MiSSe   dD = M Ac^T, which sums columns of M         |dD|^2 = |M|^2
+    MiSS    dD = Ec^T M, which sums rows of M            |dD|^2 = |M|^2
 
-So MiSSe's norm is expected to be sqrt(3 k / r) times LoRA's and, at every rank, that of full fine-tuning of the same layers. How
-far reality is from that is the factor |M Ac^T|^2 / |M|^2, the correlation that the expectation assumes away (a mean that is not
-zero counts too). It is measured here, beside the same factor of the inputs alone, |X Ac^T|^2 / |X|^2. LoRA and PiSSA have
+That of LoRA holds for any inputs. That of MiSSe holds if the columns within a sum are uncorrelated,
+that of MiSS if the rows are.
+
+So MiSSe's norm is expected to be sqrt(3 k / r) times LoRA's and, at every rank, that of full
+fine-tuning of the same layers. How far reality is from that is the factor |M Ac^T|^2 / |M|^2, the
+correlation that the expectation assumes away (a mean that is not zero counts too). It is measured
+here, beside the same factor of the inputs alone, |X Ac^T|^2 / |X|^2. LoRA and PiSSA have
 alpha = rank, so that no other factor enters.
 """
 
 import copy
 import functools
+import itertools
 import math
 import re
 import statistics
@@ -24,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import math_word_problems as words
 import word_valence as valence
 from common import methods, plots
+from common import word_problems as words
 from common.methods import FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trained
 from common.runs import Estimate, Run, get_parser, run_all, select, write
 from measure import require_extras, table
@@ -42,25 +48,32 @@ MODELS = {MINILM: (valence.TARGETS, 64), SMOLLM2: (words.TARGETS, 4)}  # targets
 
 @functools.cache
 def material(name: str, batches: int) -> tuple[nn.Module, list[tuple[Any, ...]]]:
-    """A model in fp32 and its first training batches, without padding: words of four tokens, problems cut to the shortest."""
+    """A model in fp32 and its first training batches, without padding.
+
+    Words are those of four tokens, and problems are cut to the shortest.
+    """
     rows = MODELS[name][1]
     starts = range(0, batches * rows, rows)
     if name == MINILM:
         (encoder, tokenizer), (train, _, _) = valence.material(None)
         torch.manual_seed(0)
         model: nn.Module = valence.Model(encoder, tokenizer)
-        lengths = [len(ids) for ids in tokenizer(train.words)["input_ids"]]
-        usual = [row for row, length in enumerate(lengths) if length == 4]
+        tokens = tokenizer(train.words)["input_ids"]
+        usual = [row for row, ids in enumerate(tokens) if len(ids) == 4]
         parts = [usual[start : start + rows] for start in starts]
         return model, [([train.words[row] for row in part], train.ratings[part]) for part in parts]
     problems = words.problems("gsm_symbolic", batches * rows, words.TRAIN)
-    cuts = [problems[start : start + rows] for start in starts]
-    shortest = [min(len(row.question) + len(row.worked) for row in cut) for cut in cuts]
-    collated = [
-        tuple(part[:, :length] for part in words.collate(cut))
-        for cut, length in zip(cuts, shortest)
-    ]
+    collated = []
+    for start in starts:
+        batch = problems[start : start + rows]
+        shortest = min(len(row.question) + len(row.worked) for row in batch)
+        collated.append(tuple(part[:, :shortest] for part in words.collate(batch)))
     return words.Model(load_base()), collated
+
+
+def square(tensor: Tensor) -> float:
+    """The sum of its squares, in float64."""
+    return tensor.detach().double().square().sum().item()
 
 
 def first_gradient(
@@ -69,61 +82,57 @@ def first_gradient(
     """The norm of the gradient of some parameters together; dropout is off."""
     model.eval()
     gradients = torch.autograd.grad(model(*batch).loss, parameters)
-    return math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+    return math.sqrt(sum(map(square, gradients)))
 
 
 def correlation(
     model: nn.Module, layers: Mapping[str, nn.Linear], batch: tuple[Any, ...], rank: int
 ) -> Run:
-    """What is expected of LoRA, and the factors by which sums of columns, of rows and of inputs exceed uncorrelated ones."""
+    """What is expected of each method, and the factors by which sums exceed uncorrelated ones.
+
+    The factors are those of sums of columns, of rows and of inputs.
+    """
     inputs = {name: [0.0, 0.0] for name in layers}
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             for place, x in enumerate((args[0], block_sum(args[0], rank))):
-                inputs[name][place] += x.detach().double().square().sum().item()
+                inputs[name][place] += square(x)
 
         return hook
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    weights = [layer.weight for layer in layers.values()]
     try:
-        gradients = torch.autograd.grad(
-            model(*batch).loss, [layer.weight for layer in layers.values()]
-        )
+        gradients = torch.autograd.grad(model(*batch).loss, weights)
     finally:
         for handle in hooks:
             handle.remove()
-    squares = [
-        [
-            part.double().square().sum().item()
-            for part in (m, block_sum(m, rank), shard_sum(m.T, rank))
-        ]
-        for m in gradients
-    ]
-    whole, columns, rows = (sum(square) for square in zip(*squares))
-    lora = sum(
-        rank / (3 * layer.in_features) * square[0]
-        for layer, square in zip(layers.values(), squares)
-    )
     own = {name: summed / plain for name, (plain, summed) in inputs.items()}
+    seen: dict[str, tuple[float, float, float]] = {}
+    whole = columns = rows = lora = 0.0
+    for (name, layer), m in zip(layers.items(), gradients):
+        plain, of_columns = square(m), square(block_sum(m, rank))
+        seen[name] = plain, of_columns, own[name]
+        whole, columns = whole + plain, columns + of_columns
+        rows += square(shard_sum(m.T, rank))
+        lora += rank / (3 * layer.in_features) * plain
+    quartiles = torch.tensor(list(own.values())).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    expected = {FULL: whole, LORA: lora, MISS: whole, MISSE: whole}
     return {
-        "expected": {
-            FULL: math.sqrt(whole),
-            LORA: math.sqrt(lora),
-            MISS: math.sqrt(whole),
-            MISSE: math.sqrt(whole),
-        },
+        "expected": {method: math.sqrt(squared) for method, squared in expected.items()},
         "factor_columns": columns / whole,
         "factor_rows": rows / whole,
-        "factor_inputs": torch.tensor(list(own.values()))
-        .quantile(torch.tensor([0.25, 0.5, 0.75]))
-        .tolist(),
-        "layers": {name: (*square[:2], own[name]) for name, square in zip(layers, squares)},
+        "factor_inputs": quartiles.tolist(),
+        "layers": seen,
     }
 
 
 def kinds(name: str) -> list[list[Any]]:
-    """By kind of layer, for one batch at `KINDS_RANK`: how many, their share of |M|^2, the factors of columns and of inputs."""
+    """By kind of layer: how many, their share of |M|^2, the factors of columns and of inputs.
+
+    That is for one batch at `KINDS_RANK`.
+    """
     model, [batch] = material(name, 1)
     layers = targeted(model.eval().requires_grad_(False), MODELS[name][0])
     for layer in layers.values():
@@ -135,15 +144,8 @@ def kinds(name: str) -> list[list[Any]]:
     rows = []
     for kind, seen in groups.items():
         plain, summed = (sum(part) for part in list(zip(*seen))[:2])
-        rows.append(
-            [
-                kind,
-                len(seen),
-                plain / whole,
-                summed / plain,
-                statistics.fmean(of_input for _, _, of_input in seen),
-            ]
-        )
+        inputs = statistics.fmean(of_input for _, _, of_input in seen)
+        rows.append([kind, len(seen), plain / whole, summed / plain, inputs])
     return rows
 
 
@@ -163,74 +165,44 @@ def work(job: Run) -> Run:
         scale = None if method in methods.FORMS else 1.0
         model = adapt(copy.deepcopy(base), method, rank, targets, scale=scale)
         norms[method] = [first_gradient(model, trained(model), batch) for batch in batches]
-    result = {
-        key: [of_batch[key] for of_batch in seen]
-        for key in ("factor_columns", "factor_rows", "factor_inputs")
-    }
-    return result | {
-        "norms": norms,
-        "expected": {name: [one["expected"][name] for one in seen] for name in seen[0]["expected"]},
-    }
+    factors = ("factor_columns", "factor_rows", "factor_inputs")
+    result: Run = {key: [of_batch[key] for of_batch in seen] for key in factors}
+    expected = [of_batch["expected"] for of_batch in seen]
+    of_method = {name: [of_batch[name] for of_batch in expected] for name in expected[0]}
+    return result | {"norms": norms, "expected": of_method}
 
 
 def jobs(batches: int) -> list[Run]:
     """The settings of every run."""
-    return [
-        {"model": model, "rank": rank, "batches": batches} for model in MODELS for rank in RANKS
-    ]
+    cells = itertools.product(MODELS, RANKS)
+    return [{"model": model, "rank": rank, "batches": batches} for model, rank in cells]
+
+
+def over_lora(norms: Mapping[str, list[float]]) -> str:
+    """MiSSe's norm over LoRA's, batch by batch."""
+    return Estimate.of([ours / lora for ours, lora in zip(norms[MISSE], norms[LORA])]).text(1)
 
 
 def report(result: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     rows = []
     for run in sorted(result["runs"], key=lambda run: (run["model"], run["rank"])):
-        ratio = Estimate.of(
-            [own / lora for own, lora in zip(run["norms"][MISSE], run["norms"][LORA])]
-        )
-        expected = Estimate.of(
-            [own / lora for own, lora in zip(run["expected"][MISSE], run["expected"][LORA])]
-        )
         low, middle, high = (sum(part) / len(part) for part in zip(*run["factor_inputs"]))
-        rows.append(
-            [
-                run["model"],
-                run["rank"],
-                *(f"{sum(run['norms'][method]) / run['batches']:.3g}" for method in METHODS),
-                ratio.text(1),
-                expected.text(1),
-                Estimate.of(run["factor_columns"]).text(2),
-                Estimate.of(run["factor_rows"]).text(2),
-                f"{middle:.2f} ({low:.2f} to {high:.2f})",
-            ]
-        )
-    head = [
-        "model",
-        "rank",
-        *METHODS,
-        "MiSSe / LoRA",
-        "expected",
-        "columns",
-        "rows",
-        "inputs, median layer (quartiles)",
-    ]
-    of_kinds = [
-        [model, kind, count, f"{share:.0%}", f"{columns:.2f}", f"{inputs:.2f}"]
-        for model, of_model in result["kinds"].items()
-        for kind, count, share, columns, inputs in of_model
-    ]
-    titles = [
-        "model",
-        "kind of layer",
-        "layers",
-        "of the squared gradient",
-        "columns",
-        "inputs, mean",
-    ]
-    return (
-        table(head, rows)
-        + f"\n\nBy kind of layer, rank {KINDS_RANK}, one batch:\n\n"
-        + table(titles, of_kinds)
-    )
+        norms = [f"{sum(run['norms'][method]) / run['batches']:.3g}" for method in METHODS]
+        ratios = [over_lora(run["norms"]), over_lora(run["expected"])]
+        factors = [Estimate.of(run[f"factor_{name}"]).text(2) for name in ("columns", "rows")]
+        inputs = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([run["model"], run["rank"], *norms, *ratios, *factors, inputs])
+    head = ["model", "rank", *METHODS, "MiSSe / LoRA", "expected", "columns", "rows"]
+    parts = [table([*head, "inputs, median layer (quartiles)"], rows)]
+    parts.append(f"By kind of layer, rank {KINDS_RANK}, one batch:")
+    rows = []
+    for model, of_model in result["kinds"].items():
+        for kind, count, share, columns, inputs in of_model:
+            rows.append([model, kind, count, f"{share:.0%}", f"{columns:.2f}", f"{inputs:.2f}"])
+    head = ["model", "kind of layer", "layers", "of the squared gradient", "columns"]
+    parts.append(table([*head, "inputs, mean"], rows))
+    return "\n\n".join(parts)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,23 +214,10 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
         for method in METHODS:
             plots.band(axis, ranks, [run["norms"][method] for run in runs], method)
         lora = [sum(run["expected"][LORA]) / run["batches"] for run in runs]
-        axis.plot(
-            ranks,
-            lora,
-            color="0.4",
-            linestyle=(0, (1, 1)),
-            linewidth=3,
-            alpha=0.6,
-            label="LoRA, expected",
-        )
-        axis.set(
-            title=model,
-            xlabel="rank",
-            ylabel="norm of the first gradient",
-            xscale="log",
-            yscale="log",
-            xticks=ranks,
-        )
+        dots = {"color": "0.4", "linestyle": (0, (1, 1)), "linewidth": 3, "alpha": 0.6}
+        axis.plot(ranks, lora, **dots, label="LoRA, expected")
+        axis.set(title=model, xlabel="rank", ylabel="norm of the first gradient")
+        axis.set(xscale="log", yscale="log", xticks=ranks)
         axis.set_xticklabels(ranks)
         axis.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
@@ -269,13 +228,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is left to run, and print the table."""
     args = get_parser(__doc__, seeds=5).parse_args(argv)
     require_extras("gradient_norm", methods.EXTRAS | methods.MINILM | methods.SMOLLM2)
-    wanted = [
-        job
-        for job in jobs(args.seeds)
-        if not args.quick or (job["model"] == MINILM and job["rank"] in (8, 64))
-    ]
+    wanted, models = jobs(args.seeds), list(MODELS)
+    if args.quick:
+        wanted = [job for job in wanted if job["model"] == MINILM and job["rank"] in (8, 64)]
+        models = [MINILM]
     result = run_all(wanted, work, args.json, args.workers)
-    result["kinds"] = {model: kinds(model) for model in ((MINILM,) if args.quick else MODELS)}
+    result["kinds"] = {model: kinds(model) for model in models}
     write(args.json, result)
     print(report(result))
     return result

@@ -1,9 +1,10 @@
-"""What one adapted linear layer costs beside its frozen base, and beside the layers of PEFT and loralib.
+"""What one adapted linear layer costs beside its base, and beside those of PEFT and loralib.
 
-A step is forward and backward with the gradient of the input; the base is a frozen `nn.Linear`. All competitors share one
-base weight, and but for the output-sharded MiSS compute one function, which is asserted before anything is timed: a LoRA
-whose A is the fixed 0/1 matrix of MiSSe has the same output, and the same cost as any other. Times are interleaved in one
-process; bytes are counted, not sampled.
+A step is forward and backward with the gradient of the input. The base is a frozen `nn.Linear`. All
+competitors share one base weight. But for the output-sharded MiSS they compute one function, which
+is asserted before anything is timed: a LoRA whose A is the fixed 0/1 matrix of MiSSe has the same
+output, and the same cost as any other. Times are interleaved in one process. Bytes are counted, not
+sampled.
 """
 
 import argparse
@@ -41,12 +42,8 @@ class Shape(NamedTuple):
         return f"{self.in_features} -> {self.out_features} {str(self.dtype).removeprefix('torch.')}"
 
 
-SHAPES = [
-    Shape(1024, 1024),
-    Shape(1024, 4096),
-    Shape(4096, 1024),
-    Shape(1024, 4096, torch.bfloat16),
-]
+SHAPES = [Shape(1024, 1024), Shape(1024, 4096), Shape(4096, 1024)]
+SHAPES += [Shape(1024, 4096, torch.bfloat16)]
 SHAPES += [Shape(4096, 11008), Shape(576, 1536), Shape(1000, 1500)]
 QUICK = [Shape(1024, 1024), Shape(1024, 4096, torch.bfloat16), Shape(1000, 1500)]
 
@@ -60,7 +57,10 @@ class Holder(nn.Module):
 
 
 def competitors(shape: Shape) -> dict[str, nn.Module]:
-    """The layers by name, over one base weight; adapters are random, and equal where the method is."""
+    """The layers by name, over one base weight.
+
+    Adapters are random, and equal where the method is.
+    """
     import loralib
     import peft
 
@@ -71,57 +71,47 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
         layer.weight, layer.bias = base.weight, base.bias
         return layer
 
+    def wrapped(config: peft.PeftConfig) -> nn.Module:
+        return peft.get_peft_model(Holder(twin()), config).base_model.model.layer
+
     misse, miss = MiSSeLinear.adopt_(twin(), RANK), MiSSLinear.adopt_(twin(), RANK)
     d = nn.init.normal_(misse.miss_D, std=0.01).detach()
     nn.init.normal_(miss.miss_D, std=0.01)
     a, b = misse_factors(d, shape.in_features, shape.out_features)
 
-    peft_miss = peft.get_peft_model(
-        Holder(twin()), peft.MissConfig(r=RANK, target_modules=["layer"])
-    ).base_model.model.layer
+    peft_miss = wrapped(peft.MissConfig(r=RANK, target_modules=["layer"]))
     peft_miss.miss_block["default"].data = d.T.contiguous().clone()
-    lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"])
-    peft_lora = peft.get_peft_model(Holder(twin()), lora).base_model.model.layer
-    peft_lora.lora_A["default"].weight.data, peft_lora.lora_B["default"].weight.data = (
-        a.clone(),
-        b.clone(),
-    )
+    peft_lora = wrapped(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"]))
+    peft_lora.lora_A["default"].weight.data = a.clone()
+    peft_lora.lora_B["default"].weight.data = b.clone()
 
-    loralib_lora = loralib.Linear(
-        shape.in_features, shape.out_features, r=RANK, lora_alpha=RANK, merge_weights=False
-    )
+    settings = {"r": RANK, "lora_alpha": RANK, "merge_weights": False}
+    loralib_lora = loralib.Linear(shape.in_features, shape.out_features, **settings)
     loralib_lora.weight, loralib_lora.bias = base.weight, base.bias
-    loralib_lora.lora_A.data, loralib_lora.lora_B.data = (
-        a.to(shape.dtype),
-        b.to(shape.dtype),
-    )  # it does not mix dtypes
-    layers = {
-        BASE: base,
-        OURS: misse,
-        FORM: miss,
-        PEER: peft_miss,
-        LORA: peft_lora,
-        LORALIB: loralib_lora,
-    }
+    loralib_lora.lora_A.data = a.to(shape.dtype)  # it does not mix dtypes
+    loralib_lora.lora_B.data = b.to(shape.dtype)
+    layers = {BASE: base, OURS: misse, FORM: miss}
+    layers |= {PEER: peft_miss, LORA: peft_lora, LORALIB: loralib_lora}
     check(layers, shape)
     return layers
 
 
 def check(layers: dict[str, nn.Module], shape: Shape) -> None:
-    """Every output within rounding of the dense product in float64: eight roundings to the dtype, and those of its sums."""
+    """Every output within rounding of the dense product in float64.
+
+    That is eight roundings to the dtype, and those of its sums.
+    """
     x = torch.randn(5, shape.in_features, dtype=shape.dtype)
-    base, accumulator = layers[BASE], torch.finfo(torch.float32).eps * shape.in_features
+    rounding = 8 * torch.finfo(shape.dtype).eps + torch.finfo(torch.float32).eps * shape.in_features
+    weight, bias = layers[BASE].weight.double(), layers[BASE].bias.double()
     for name, layer in layers.items():
-        if name != BASE:
-            delta = layers[FORM if name == FORM else OURS].delta_weight().detach().double()
-            exact = F.linear(x.double(), base.weight.double() + delta, base.bias.double())
-            size = F.linear(
-                x.double().abs(), base.weight.double().abs() + delta.abs(), base.bias.double().abs()
-            )
-            bound = (8 * torch.finfo(shape.dtype).eps + accumulator) * size
-            assert ((layer(x).double() - exact).abs() <= bound).all(), (
-                f"{name} computes something else at {shape}"
-            )
+        if name == BASE:
+            continue
+        delta = layers[FORM if name == FORM else OURS].delta_weight().detach().double()
+        exact = F.linear(x.double(), weight + delta, bias)
+        size = F.linear(x.double().abs(), weight.abs() + delta.abs(), bias.abs())
+        equal = (layer(x).double() - exact).abs() <= rounding * size
+        assert equal.all(), f"{name} computes something else at {shape}"
 
 
 def tensors(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
@@ -152,9 +142,8 @@ def steps(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[
         for name, layer in layers.items():
             results[name]["saved"] = saved_bytes(layer, x)
             results[name]["peak"] = peak_bytes(runs[name], clear=[x, *layer.parameters()])
-            results[name]["gradients"] = sum(
-                p.nbytes for p in layer.parameters() if p.requires_grad
-            )
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            results[name]["gradients"] = sum(p.nbytes for p in trained)
         yield {"shape": str(shape), "tokens": t, "results": results}
 
 
@@ -162,135 +151,100 @@ def forwards(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[di
     """Time of a forward without gradients."""
     for shape, t in itertools.product(shapes, tokens):
         x, layers = torch.randn(t, shape.in_features, dtype=shape.dtype), competitors(shape)
-        repeats = max(
-            1, int(1e8 / (t * shape.in_features * shape.out_features))
-        )  # some milliseconds, for small layers too
+        # Some milliseconds, for small layers too.
+        repeats = max(1, int(1e8 / (t * shape.in_features * shape.out_features)))
+        runs = {name: functools.partial(layer, x) for name, layer in layers.items()}
         with torch.no_grad():
-            times = interleaved(
-                {name: functools.partial(layer, x) for name, layer in layers.items()},
-                3 * rounds,
-                repeats,
-            )
+            times = interleaved(runs, 3 * rounds, repeats)
         yield {"shape": str(shape), "tokens": t, "results": ratios(times, BASE)}
 
 
 def compiled(shapes: list[Shape], tokens: int, rounds: int) -> Iterator[dict[str, object]]:
-    """Time of a step under `torch.compile`, where the plain path is taken and the compiler fuses."""
+    """Time of a step under `torch.compile`, which takes the plain path and fuses it itself."""
     for shape in shapes:
         layers = {name: layer for name, layer in competitors(shape).items() if name != LORALIB}
         x, dy = tensors(shape, tokens)
         torch.compiler.reset()
         runs = {name: step(torch.compile(layer), x, dy) for name, layer in layers.items()}
-        yield {
-            "shape": str(shape),
-            "tokens": tokens,
-            "results": ratios(interleaved(runs, rounds), BASE),
-        }
+        results = ratios(interleaved(runs, rounds), BASE)
+        yield {"shape": str(shape), "tokens": tokens, "results": results}
 
 
 def overhead(rows: list[dict], name: str, how: str) -> float:
     """Geometric mean of ``ratio - 1``; one that noise has put below a thousandth counts as that."""
-    return math.exp(
-        statistics.fmean(math.log(max(row["results"][name][how] - 1, 1e-3)) for row in rows)
-    )
+    excess = [max(row["results"][name][how] - 1, 1e-3) for row in rows]
+    return math.exp(statistics.fmean(map(math.log, excess)))
 
 
 def report(kind: str, rows: list[dict], names: list[str]) -> str:
-    """A table of the median ratio to the base (in brackets the ratio of the minima), and geometric means of the overheads."""
+    """A table of ratios to the base, and of geometric means of the overheads.
+
+    A ratio is the median one, and in brackets that of the minima.
+    """
     lines = []
     for row in rows:
-        cells = [
-            f"{row['results'][name]['median']:.3f} ({row['results'][name]['min']:.3f})"
-            for name in names
-        ]
-        lines.append([row["shape"], row["tokens"], f"{row['results'][BASE]['ms']:.2f}", *cells])
+        found = row["results"]
+        cells = [f"{found[name]['median']:.3f} ({found[name]['min']:.3f})" for name in names]
+        lines.append([row["shape"], row["tokens"], f"{found[BASE]['ms']:.2f}", *cells])
     for how in ("median", "min"):
         means = {name: overhead(rows, name, how) for name in names}
-        cells = [f"{means[name]:.3f}" for name in names]
+        cells = [f"{mean:.3f}" for mean in means.values()]
         lines.append([f"overhead, geometric mean of {how}s", "", "", *cells])
-        shares = [
-            f"{means[name] / means[PEER]:.2f} / {means[name] / means[LORA]:.2f}" for name in names
-        ]
+        peer, lora = means[PEER], means[LORA]
+        shares = [f"{mean / peer:.2f} / {mean / lora:.2f}" for mean in means.values()]
         lines.append([f"share of that of {PEER} / {LORA}", "", "", *shares])
     return f"\n{kind}\n\n" + table(["layer", "tokens", "base, ms", *names], lines)
 
 
 def report_bytes(rows: list[dict], names: list[str]) -> str:
-    """A table of peaks, the adapter's own gradient left out, in units of the base's, and of saved bytes."""
+    """A table of peaks in units of the base's, and of saved bytes.
+
+    The adapter's own gradient is left out of its peak.
+    """
     lines = []
     for row in rows:
         peak = row["results"][BASE]["peak"]
-        own = [
-            (row["results"][name]["peak"] - row["results"][name]["gradients"]) / peak
-            for name in names
-        ]
-        saved = [row["results"][name]["saved"] / 2**20 for name in names]
-        cells = [f"{ratio:.2f}, {size:.2f}" for ratio, size in zip(own, saved)]
+        cells = []
+        for name in names:
+            found = row["results"][name]
+            ratio = (found["peak"] - found["gradients"]) / peak
+            cells.append(f"{ratio:.2f}, {found['saved'] / 2**20:.2f}")
         lines.append([row["shape"], row["tokens"], f"{peak / 2**20:.2f}", *cells])
-    return "\nPeak of a step over the base's, and saved for backward in MiB\n\n" + table(
-        ["layer", "tokens", "base, MiB", *names], lines
-    )
+    title = "\nPeak of a step over the base's, and saved for backward in MiB\n\n"
+    return title + table(["layer", "tokens", "base, MiB", *names], lines)
 
 
 def tables(found: dict, threads: int) -> str:
     """All tables of one number of threads."""
-    names, count = (
-        [name for name in found["step"][0]["results"] if name != BASE],
-        f"{threads} thread{'s' * (threads > 1)}",
-    )
-    parts = [
-        report(f"Step over the base's, {count}: median (minimum)", found["step"], names),
-        report_bytes(found["step"], names),
-        report(
-            f"Forward without gradients over the base's, {count}: median (minimum)",
-            found["forward"],
-            names,
-        ),
-    ]
+    names = [name for name in found["step"][0]["results"] if name != BASE]
+    how = f"{threads} thread{'s' * (threads > 1)}: median (minimum)"
+    forward = f"Forward without gradients over the base's, {how}"
+    parts = [report(f"Step over the base's, {how}", found["step"], names)]
+    parts.append(report_bytes(found["step"], names))
+    parts.append(report(forward, found["forward"], names))
     if found["compiled"]:
-        kind = f"Compiled step over the compiled base's, {count}: median (minimum)"
+        kind = f"Compiled step over the compiled base's, {how}"
         parts.append(report(kind, found["compiled"], [name for name in names if name != LORALIB]))
     return "\n".join(parts)
 
 
 def overview(result: dict) -> str:
-    """Overheads, geometric means over all layers and lengths, as shares of the peers', and where a layer is slower."""
+    """Overheads as shares of the peers', and where a layer is slower.
+
+    An overhead is the geometric mean over all layers and lengths.
+    """
+    pairs = list(itertools.product((OURS, FORM), (PEER, LORA)))
     lines = []
-    for key, found in result.items():
-        if key.startswith("threads="):
-            for kind in ("step", "forward"):
-                for how in ("median", "min"):
-                    rows = found[kind]
-                    means = {
-                        name: overhead(rows, name, how)
-                        for name in rows[0]["results"]
-                        if name != BASE
-                    }
-                    shares = [
-                        f"{means[name] / means[peer]:.2f}"
-                        for name in (OURS, FORM)
-                        for peer in (PEER, LORA)
-                    ]
-                    slower = sum(
-                        row["results"][OURS][how] > row["results"][PEER][how] for row in rows
-                    )
-                    lines.append(
-                        [
-                            key.removeprefix("threads="),
-                            kind,
-                            how,
-                            *shares,
-                            f"{slower} of {len(rows)}",
-                        ]
-                    )
-    head = [
-        "threads",
-        "of",
-        "by",
-        *(f"{name} / {peer}" for name in (OURS, FORM) for peer in (PEER, LORA)),
-        f"{OURS} slower than {PEER}",
-    ]
-    return table(head, lines)
+    counts = [key for key in result if key.startswith("threads=")]
+    for key, kind, how in itertools.product(counts, ("step", "forward"), ("median", "min")):
+        rows = result[key][kind]
+        means = {name: overhead(rows, name, how) for name in (OURS, FORM, PEER, LORA)}
+        shares = [f"{means[name] / means[peer]:.2f}" for name, peer in pairs]
+        slower = sum(row["results"][OURS][how] > row["results"][PEER][how] for row in rows)
+        threads = key.removeprefix("threads=")
+        lines.append([threads, kind, how, *shares, f"{slower} of {len(rows)}"])
+    compared = [f"{name} / {peer}" for name, peer in pairs]
+    return table(["threads", "of", "by", *compared, f"{OURS} slower than {PEER}"], lines)
 
 
 def main() -> None:

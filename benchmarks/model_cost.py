@@ -1,8 +1,10 @@
-"""What adapters cost in a whole model, SmolLM2-135M with all its 210 linear layers adapted, beside PEFT's.
+"""What adapters cost in a whole model, beside PEFT's.
 
-Tokens per second and transient peak of a training step (forward, backward, AdamW on the adapters) at equal numbers of
-trainable parameters; time to put the adapters in; time to merge and unmerge one layer beside `weight.add_(other)`. Before
-anything is timed, MiSSe and PEFT's MiSS with the same random D are asserted to give the same logits.
+The model is SmolLM2-135M with all its 210 linear layers adapted. Measured are tokens per second and
+transient peak of a training step (forward, backward, AdamW on the adapters) at equal numbers of
+trainable parameters, the time to put the adapters in, and the time to merge and unmerge one layer
+beside `weight.add_(other)`. Before anything is timed, MiSSe and PEFT's MiSS with the same random D
+are asserted to give the same logits.
 """
 
 import argparse
@@ -46,16 +48,14 @@ def load_base() -> nn.Module:
 
 
 def equal_ranks(base: nn.Module) -> dict[str, int]:
-    """The ranks that give each method as many trainable parameters as MiSSe has at `RANK`, or hardly fewer."""
-    linears = [
-        module
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    ]
-    wide, long = (
-        sum(module.in_features for module in linears),
-        sum(module.out_features for module in linears),
-    )
+    """The ranks that give each method as many trainable parameters as MiSSe has at `RANK`.
+
+    Or hardly fewer.
+    """
+    wide = long = 0
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            wide, long = wide + module.in_features, long + module.out_features
     return {OURS: RANK, FORM: RANK * long // wide, PEER: RANK, LORA: RANK * long // (wide + long)}
 
 
@@ -67,15 +67,13 @@ def injections(ranks: dict[str, int]) -> dict[str, Callable[[nn.Module], nn.Modu
         return lambda model: peft.get_peft_model(model, config)
 
     every = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    pissa = peft.LoraConfig(
-        r=ranks[LORA], lora_alpha=ranks[LORA], init_lora_weights="pissa", **every
-    )
+    lora = {"r": ranks[LORA], "lora_alpha": ranks[LORA], **every}
     return {
         OURS: lambda model: inject(model, "all-linear", rank=ranks[OURS]),
         FORM: lambda model: inject(model, "all-linear", rank=ranks[FORM], method="miss"),
         PEER: wrap(peft.MissConfig(r=ranks[PEER], **every)),
-        LORA: wrap(peft.LoraConfig(r=ranks[LORA], lora_alpha=ranks[LORA], **every)),
-        PISSA: wrap(pissa),
+        LORA: wrap(peft.LoraConfig(**lora)),
+        PISSA: wrap(peft.LoraConfig(**lora, init_lora_weights="pissa")),
     }
 
 
@@ -88,25 +86,23 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
 
     first = logits()
     half = next(models[OURS].parameters()).dtype == torch.bfloat16
-    # Of the logits' size: rounding, grown through all layers. Wrong adapters differ by all of it.
-    share = 0.1 if half else 1e-4
+    size = first[OURS].std()
+    # Rounding, grown through all layers. Wrong adapters differ by all of the logits' size.
+    bound = (0.1 if half else 1e-4) * size
     for name, got in first.items():
-        assert (got - first[OURS]).abs().max() <= share * first[OURS].std(), (
-            f"{name} does not start where {OURS} does"
-        )
+        apart = (got - first[OURS]).abs().max()
+        assert apart <= bound, f"{name} does not start where {OURS} does"
     blocks = dict(models[PEER].named_modules())
     for name, layer in adapted_modules(models[OURS]).items():
         nn.init.normal_(layer.miss_D, std=0.02)
         blocks[f"base_model.model.{name}"].miss_block["default"].data.copy_(layer.miss_D.T)
     with_d = logits()
-    assert (with_d[OURS] - first[OURS]).std() > 0.3 * first[OURS].std(), (
-        "the random D changes too little to compare by"
-    )
-    apart = with_d[OURS] - with_d[PEER]
-    # In bf16, where a random D leaves the deepest rounding, by standard deviation: single logits lie further apart.
-    assert (apart.std() if half else apart.abs().max()) <= share * first[OURS].std(), (
-        "MiSSe and PEFT's MiSS differ"
-    )
+    change, apart = with_d[OURS] - first[OURS], with_d[OURS] - with_d[PEER]
+    assert change.std() > 0.3 * size, "the random D changes too little to compare by"
+    # A random D leaves the deepest rounding in bf16. There it goes by the standard deviation, since
+    # single logits lie further apart.
+    difference = apart.std() if half else apart.abs().max()
+    assert difference <= bound, "MiSSe and PEFT's MiSS differ"
     for name, layer in adapted_modules(models[OURS]).items():
         layer.reset_adapter()
         nn.init.zeros_(blocks[f"base_model.model.{name}"].miss_block["default"])
@@ -164,11 +160,15 @@ def starting(base: nn.Module, rounds: int) -> dict[str, list[float]]:
 
 
 def merging(dtype: torch.dtype, rounds: int, size: int = 4096) -> dict[str, dict[str, float]]:
-    """Milliseconds of merge and unmerge of one square layer, of what they cannot do without, and of ``weight.add_(other)``."""
-    return {
-        form.__name__: merging_one(form(size, size, RANK, bias=False, dtype=dtype), rounds)
-        for form in (MiSSeLinear, MiSSLinear)
-    }
+    """Milliseconds of merge and unmerge of one square layer.
+
+    Beside them stand what they cannot do without, and ``weight.add_(other)``.
+    """
+    found = {}
+    for form in (MiSSeLinear, MiSSLinear):
+        layer = form(size, size, RANK, bias=False, dtype=dtype)
+        found[form.__name__] = merging_one(layer, rounds)
+    return found
 
 
 def merging_one(layer: nn.Linear, rounds: int) -> dict[str, float]:
@@ -204,35 +204,19 @@ def report(result: dict) -> str:
         for name, own in row["results"].items():
             low, high = own["quartiles"]
             speed = f"{1 / own['median']:.3f} ({1 / high:.3f} to {1 / low:.3f})"
-            lines.append(
-                [
-                    name,
-                    own["rank"],
-                    own["trainable"],
-                    f"{own['tokens/s']:.0f}",
-                    speed,
-                    f"{own['peak'] / 2**20:.0f}",
-                ]
-            )
-        head = [
-            "adapter",
-            "rank",
-            "trainable",
-            "tokens/s",
-            f"speed over {OURS}'s: median, quartiles",
-            "peak of a step, MiB",
-        ]
+            cells = [f"{own['tokens/s']:.0f}", speed, f"{own['peak'] / 2**20:.0f}"]
+            lines.append([name, own["rank"], own["trainable"], *cells])
+        speed = f"speed over {OURS}'s: median, quartiles"
+        head = ["adapter", "rank", "trainable", "tokens/s", speed, "peak of a step, MiB"]
         parts.append(f"Training step, {row['dtype']}\n\n" + table(head, lines))
-    lines = [
-        [name, f"{1e3 * statistics.median(own):.1f}"] for name, own in result["starting"].items()
-    ]
+    starting = {name: 1e3 * statistics.median(own) for name, own in result["starting"].items()}
+    lines = [[name, f"{middle:.1f}"] for name, middle in starting.items()]
     parts.append("Putting the adapters in\n\n" + table(["adapter", "ms"], lines))
-    lines = [
-        [dtype, form, *(f"{value:.1f}" for value in own.values())]
-        for dtype, forms in result["merging"].items()
-        for form, own in forms.items()
-    ]
-    head = ["dtype", "layer", *next(iter(next(iter(result["merging"].values())).values()))]
+    head, lines = [], []
+    for dtype, forms in result["merging"].items():
+        for form, own in forms.items():
+            head = ["dtype", "layer", *own]
+            lines.append([dtype, form, *(f"{value:.1f}" for value in own.values())])
     parts.append("Merging a 4096 x 4096 weight, ms\n\n" + table(head, lines))
     return "\n\n".join(parts)
 

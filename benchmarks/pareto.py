@@ -1,8 +1,10 @@
-"""The paper's Table 8 and Figure 4: what each method reaches beside the time and the memory that a training step takes.
+"""The paper's Table 8 and Figure 4: what each method reaches, beside what a training step takes.
 
-It collects the other experiments' results, as they are in ``benchmarks/results``. A method is on the front if no other is at
-least as good in quality, time and memory, and better in one of them. Quality is a mean over few seeds: the share of 2,000
-resamplings of the seeds (bootstrap) in which a method is on the front says how certain that is, times and memory as measured.
+That is time and memory. The script collects the other experiments' results, as they are in
+``benchmarks/results``. A method is on the front if no other is at least as good in quality, time
+and memory, and better in one of them. Quality is a mean over few seeds. How certain a place on the
+front is, is said by the share of 2,000 resamplings of the seeds (bootstrap) in which the method is
+on it, times and memory as measured.
 """
 
 import random
@@ -22,7 +24,10 @@ RESAMPLINGS = 2_000
 
 
 class Experiment(NamedTuple):
-    """A script with results, what its quality is, with how many digits, and +1 where more is better, -1 where less is."""
+    """A script with results, and what its quality is, with how many digits.
+
+    ``sign`` is +1 where more is better, -1 where less is.
+    """
 
     script: Any
     label: str
@@ -41,13 +46,11 @@ EXPERIMENTS = {
 def front(points: Mapping[str, tuple[float, float, float]]) -> set[str]:
     """The names of the points that no other point dominates; less is better in each coordinate."""
 
-    def dominated(name: str) -> bool:
-        return any(
-            other != points[name] and all(a <= b for a, b in zip(other, points[name]))
-            for other in points.values()
-        )
+    def dominated(own: tuple[float, float, float]) -> bool:
+        others = [other for other in points.values() if other != own]
+        return any(all(a <= b for a, b in zip(other, own)) for other in others)
 
-    return {name for name in points if not dominated(name)}
+    return {name for name, own in points.items() if not dominated(own)}
 
 
 def certainty(experiment: Experiment, result: Mapping[str, Any]) -> dict[str, float]:
@@ -57,16 +60,13 @@ def certainty(experiment: Experiment, result: Mapping[str, Any]) -> dict[str, fl
     counts = dict.fromkeys(qualities, 0)
     seeds = sorted(set.intersection(*(set(values) for values in qualities.values())))
     for _ in range(RESAMPLINGS):
-        drawn = rng.choices(
-            seeds, k=len(seeds)
-        )  # the same for all methods, as the seeds are paired
-        means = {
-            name: statistics.fmean(values[seed] for seed in drawn)
-            for name, values in qualities.items()
-        }
-        for name in front(
-            {name: point(experiment, mean, costs[name]) for name, mean in means.items()}
-        ):
+        # The same for all methods, as the seeds are paired.
+        drawn = rng.choices(seeds, k=len(seeds))
+        points = {}
+        for name, values in qualities.items():
+            mean = statistics.fmean(values[seed] for seed in drawn)
+            points[name] = point(experiment, mean, costs[name])
+        for name in front(points):
             counts[name] += 1
     return {name: count / RESAMPLINGS for name, count in counts.items()}
 
@@ -84,65 +84,46 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, experiment in EXPERIMENTS.items():
         result = results[name]
         shares, qualities = certainty(experiment, result), experiment.script.quality(result)
+        means = {
+            method: experiment.sign * statistics.fmean(values.values())
+            for method, values in qualities.items()
+        }
         rows = []
-        for method, values in sorted(
-            qualities.items(),
-            key=lambda item: -experiment.sign * statistics.fmean(item[1].values()),
-        ):
-            cost = result["costs"][method]
-            low, high = cost["step"]["quartiles"]
-            time = f"{cost['step']['median']:.2f} ({low:.2f} to {high:.2f})"
-            cells = [
-                method,
-                cost["trainable"],
-                Estimate.of(list(values.values())).text(experiment.digits),
-                time,
-                f"{cost['step']['ms']:.4g}",
-            ]
-            rows.append(
-                [
-                    *cells,
-                    f"{cost['memory'] / 2**20:.3g}",
-                    f"{cost['start_ms']:.3g}",
-                    f"{100 * shares[method]:.0f} %",
-                ]
-            )
-        head = [
-            "method",
-            "trained",
-            experiment.label,
-            "step / LoRA's (quartiles)",
-            "step, ms",
-            "memory, MiB",
-            "start, ms",
-        ]
-        parts.append(f"`{name}`:\n\n" + table([*head, "on the front"], rows))
+        for method in sorted(means, key=lambda method: -means[method]):
+            cost, step = result["costs"][method], result["costs"][method]["step"]
+            quality = Estimate.of(list(qualities[method].values())).text(experiment.digits)
+            low, high = step["quartiles"]
+            times = [f"{step['median']:.2f} ({low:.2f} to {high:.2f})", f"{step['ms']:.4g}"]
+            others = [f"{cost['memory'] / 2**20:.3g}", f"{cost['start_ms']:.3g}"]
+            share = f"{100 * shares[method]:.0f} %"
+            rows.append([method, cost["trainable"], quality, *times, *others, share])
+        head = ["method", "trained", experiment.label, "step / LoRA's (quartiles)", "step, ms"]
+        head += ["memory, MiB", "start, ms", "on the front"]
+        parts.append(f"`{name}`:\n\n" + table(head, rows))
     return "\n\n".join(parts)
 
 
 def figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The paper's Figure 4, by name: quality against step time, and against peak memory."""
     figure, axes = plots.panels(2, len(EXPERIMENTS), width=3.1)
-    for column, (name, experiment) in enumerate(EXPERIMENTS.items()):
+    columns = zip(EXPERIMENTS.items(), axes, axes[len(EXPERIMENTS) :])
+    for (name, experiment), by_time, by_memory in columns:
         result = results[name]
         for method, values in experiment.script.quality(result).items():
             mean, half = Estimate.of(list(values.values()))
+            look = plots.look(method, linestyle="", capsize=2)
             cost = result["costs"][method]
-            for axis, x in (
-                (axes[column], cost["step"]["ms"]),
-                (axes[column + len(EXPERIMENTS)], cost["memory"] / 2**20),
-            ):
-                axis.errorbar(x, mean, half, **plots.look(method, linestyle="", capsize=2))
-        axes[column].set(title=name, xlabel="training step, ms", ylabel=experiment.label)
-        axes[column + len(EXPERIMENTS)].set(
-            xlabel="memory of training, MiB", ylabel=experiment.label
-        )
+            by_time.errorbar(cost["step"]["ms"], mean, half, **look)
+            by_memory.errorbar(cost["memory"] / 2**20, mean, half, **look)
+        by_time.set(title=name, xlabel="training step, ms", ylabel=experiment.label)
+        by_memory.set(xlabel="memory of training, MiB", ylabel=experiment.label)
         if experiment.sign < 0:
-            axes[column].invert_yaxis()
-            axes[column + len(EXPERIMENTS)].invert_yaxis()
-    handles = {
-        label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())
-    }
+            by_time.invert_yaxis()
+            by_memory.invert_yaxis()
+    handles = {}
+    for axis in axes:
+        of_axis, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, of_axis))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     return {"pareto": figure}
 

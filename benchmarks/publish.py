@@ -1,6 +1,7 @@
-"""Write the figures and the tables of ``docs/experiments.md`` anew from ``benchmarks/results``: one command for all of them.
+"""Write the figures and the tables of ``docs/experiments.md`` anew from ``benchmarks/results``.
 
-Each table stands in the page between ``<!-- NAME -->`` and ``<!-- end -->``.
+One command does all of them. Each table stands in the page between ``<!-- NAME -->`` and
+``<!-- end -->``.
 """
 
 import re
@@ -30,9 +31,8 @@ SCRIPTS: dict[str, Any] = {
 
 def sources(name: str) -> list[Path]:
     """The result files that a script's tables and figures show."""
-    return [
-        RESULTS / f"{each}.json" for each in (pareto.EXPERIMENTS if name == "pareto" else [name])
-    ]
+    names = pareto.EXPERIMENTS if name == "pareto" else [name]
+    return [RESULTS / f"{each}.json" for each in names]
 
 
 def load(name: str) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""Fine-tune a sentence encoder with MiSS to rate how good or bad a word is, on a CPU, in about two minutes.
+"""Fine-tune a sentence encoder with MiSS to rate how good or bad a word is.
 
-The encoder is all-MiniLM-L6-v2, the data are the human valence ratings (-4 to 4) of the VADER lexicon; both come with
-packages, so nothing else is downloaded. Compared by Pearson r on held-out words: the frozen encoder under the best
-linear head that ridge regression finds, and the encoder adapted with `miss.inject` under a new head, trained together.
-The learning rate and the ridge are chosen on a validation split; the test split is only reported on. The split is by
-word, so forms of one stem ("hope", "hoped") may lie on both sides of it, for both models alike.
+It takes about two minutes on a CPU. The encoder is all-MiniLM-L6-v2, the data are the human valence
+ratings (-4 to 4) of the VADER lexicon. Both come with packages, so nothing else is downloaded.
+
+Two models are compared by Pearson r on held-out words: the frozen encoder under the best linear
+head that ridge regression finds, and the encoder adapted with `miss.inject` under a new head,
+trained together. The learning rate and the ridge are chosen on a validation split; the test split
+is only reported on. The split is by word, so forms of one stem ("hope", "hoped") may lie on both
+sides of it, for both models alike.
 """
 
 import argparse
@@ -41,6 +44,11 @@ class Split(NamedTuple):
     words: list[str]
     ratings: Tensor
 
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, float]]) -> "Split":
+        """Of pairs of a word and its rating."""
+        return cls([word for word, _ in pairs], torch.tensor([rating for _, rating in pairs]))
+
 
 class Rater(nn.Module):
     """An encoder, the mean of its outputs over the tokens of a word, and a linear head."""
@@ -67,25 +75,19 @@ def folder(package: str) -> Path:
 
 
 def load_splits(limit: int | None) -> tuple[Split, Split, Split]:
-    """The words of the lexicon (no emoticons), shuffled, as train, validation (8 %) and test (20 %) splits."""
-    lines = (
-        (folder("vaderSentiment") / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
-    )
-    rows = [line.split("\t") for line in lines]
-    # A dict drops the few words that are listed twice.
-    rated = {
-        row[0].lower(): float(row[1])
-        for row in rows
-        if re.fullmatch(r"[a-z][a-z' -]*", row[0].lower())
-    }
+    """The words of the lexicon (no emoticons), shuffled: train, validation (8 %), test (20 %)."""
+    lexicon = (folder("vaderSentiment") / "vader_lexicon.txt").read_text(encoding="utf-8")
+    rated = {}  # a dict drops the few words that are listed twice
+    for line in lexicon.splitlines():
+        word, rating, *_ = line.lower().split("\t")
+        if re.fullmatch(r"[a-z][a-z' -]*", word):
+            rated[word] = float(rating)
     pairs = sorted(rated.items())
     random.Random(SPLIT_SEED).shuffle(pairs)
     pairs = pairs[:limit]
     test, validation = len(pairs) // 5, len(pairs) * 8 // 100
     parts = pairs[test + validation :], pairs[test : test + validation], pairs[:test]
-    train, val, held_out = (
-        Split([w for w, _ in part], torch.tensor([r for _, r in part])) for part in parts
-    )
+    train, val, held_out = map(Split.of, parts)
     return train, val, held_out
 
 
@@ -123,35 +125,33 @@ def evaluate(model: Rater, split: Split) -> float:
 
 
 def frozen_baseline(model: Rater, train: Split, val: Split, test: Split) -> float:
-    """Test r of the best linear head on the frozen encoder: ridge regression, its strength chosen on validation."""
+    """Test r of the best linear head on the frozen encoder.
+
+    The head is that of a ridge regression, its strength chosen on validation.
+    """
     model.eval()
-    x, x_val, x_test = (
-        in_batches(model.embed, split.words).double() for split in (train, val, test)
-    )
+    splits = (train, val, test)
+    x, x_val, x_test = (in_batches(model.embed, split.words).double() for split in splits)
     center, y = x.mean(0), train.ratings.double()
     x = x - center
-    heads = [
-        torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ (y - y.mean()))
-        for ridge in RIDGES
-    ]
+    gram, target = x.T @ x, x.T @ (y - y.mean())
+    heads = [torch.linalg.solve(gram + ridge * torch.eye(len(gram)), target) for ridge in RIDGES]
     best = max(heads, key=lambda head: pearson((x_val - center) @ head, val.ratings))
     return pearson((x_test - center) @ best, test.ratings)
 
 
 def build(encoder: nn.Module, tokenizer: Any, *, rank: int, method: str, seed: int) -> Rater:
-    """A fresh adapted copy of the encoder under a new head; only adapters and head are trainable."""
+    """A fresh adapted copy of the encoder under a new head; only adapters and head are trained."""
     torch.manual_seed(seed)
-    return inject(
-        Rater(copy.deepcopy(encoder), tokenizer),
-        TARGETS,
-        rank=rank,
-        method=method,
-        trainable="head",
-    )
+    rater = Rater(copy.deepcopy(encoder), tokenizer)
+    return inject(rater, TARGETS, rank=rank, method=method, trainable="head")
 
 
 def fit(model: Rater, train: Split, *, lr: float, epochs: int) -> Iterator[int]:
-    """Train with AdamW and a linear decay of the rate to zero; yield the number of each epoch when it is done."""
+    """Train with AdamW and a linear decay of the rate to zero.
+
+    Yields the number of each epoch when it is done.
+    """
     from tqdm import tqdm
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -161,9 +161,8 @@ def fit(model: Rater, train: Split, *, lr: float, epochs: int) -> Iterator[int]:
         for epoch in range(1, epochs + 1):
             model.train()
             for rows in torch.randperm(len(train.words)).split(BATCH):
-                loss = nn.functional.mse_loss(
-                    model([train.words[i] for i in rows]), train.ratings[rows]
-                )
+                ratings = model([train.words[i] for i in rows])
+                loss = nn.functional.mse_loss(ratings, train.ratings[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -257,10 +256,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error("; ".join(" ".join(line.split()) for line in str(error).splitlines()))
     print(summary(model))
     train, val, test = load_splits(args.words)
-    print(
-        f"words: {len(train.words)} train, {len(val.words)} validation, {len(test.words)} test",
-        flush=True,
-    )
+    counts = f"{len(train.words)} train, {len(val.words)} validation, {len(test.words)} test"
+    print(f"words: {counts}", flush=True)
 
     frozen = frozen_baseline(Rater(encoder, tokenizer), train, val, test)
     lr = args.lr or search(encoder, tokenizer, train, val, settings)
@@ -268,16 +265,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     adapted = math.nan
     for epoch in fit(model, train, lr=lr, epochs=args.epochs):
         adapted = evaluate(model, test)
-        print(
-            f"epoch {epoch}: test r  frozen encoder {frozen:.3f}  {args.method} {adapted:.3f}",
-            flush=True,
-        )
-    print(
-        f"\nheld-out Pearson r: frozen encoder {frozen:.3f} | {args.method} rank {args.rank} {adapted:.3f}"
-    )
-    print(
-        f"learning rate {lr:g}, {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads"
-    )
+        scores = f"frozen encoder {frozen:.3f}  {args.method} {adapted:.3f}"
+        print(f"epoch {epoch}: test r  {scores}", flush=True)
+    scores = f"frozen encoder {frozen:.3f} | {args.method} rank {args.rank} {adapted:.3f}"
+    print(f"\nheld-out Pearson r: {scores}")
+    seconds = time.perf_counter() - start
+    print(f"learning rate {lr:g}, {seconds:.0f} s on {torch.get_num_threads()} threads")
     return {"frozen": frozen, "adapted": adapted, "lr": lr}
 
 

@@ -1,11 +1,15 @@
-"""MiniLM learns how good or bad a word is: methods, learning rates, ranks, scales, over several seeds.
+"""MiniLM learns how good or bad a word is, over several seeds.
 
-The model is all-MiniLM-L6-v2 under a new linear head, the data are the human ratings (-4 to 4) of the VADER lexicon, the
-measures are Pearson's r and the mean squared error on held-out words. All methods adapt all linear layers of the encoder, at
-equal numbers of trainable parameters (VeRA, which cannot, at its default rank), and each is reported at the learning rate that
-is best for it on the validation words. A second part asks whether one learning rate serves all ranks, under the paper's scale of
-1 and under the scale that gives the frozen 0/1 factor rows (MiSSe) or columns (MiSS) of unit norm; and what MiSSe reaches if each
-input has a random sign, drawn once, so that inputs of one sign do not add up in its sums.
+Methods, learning rates, ranks and scales are compared. The model is all-MiniLM-L6-v2 under a new
+linear head, the data are the human ratings (-4 to 4) of the VADER lexicon, the measures are
+Pearson's r and the mean squared error on held-out words. All methods adapt all linear layers of the
+encoder, at equal numbers of trainable parameters (VeRA, which cannot, at its default rank). Each is
+reported at the learning rate that is best for it on the validation words.
+
+A second part asks whether one learning rate serves all ranks, under the paper's scale of 1 and
+under the scale that gives the frozen 0/1 factor rows (MiSSe) or columns (MiSS) of unit norm. It
+also asks what MiSSe reaches if each input has a random sign, drawn once, so that inputs of one sign
+do not add up in its sums.
 """
 
 import copy
@@ -70,7 +74,8 @@ RATES = {
     MISS: (1e-4, 3e-4, 1e-3, 3e-3),
     MISSE: (1e-4, 3e-4, 1e-3, 3e-3),
 }
-# The second part, at equal numbers of parameters. The head has the adapter's rate, or its own: a scale moves the former along.
+# The second part, at equal numbers of parameters. The head has the adapter's rate, or its own: a
+# scale moves the former along.
 HEAD = 3e-3
 STUDY = (
     (MISSE, PAPER, None, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
@@ -119,13 +124,11 @@ def score(model: nn.Module, split: Split) -> tuple[float, float]:
     model.eval()
     rows = sorted(range(len(split.words)), key=lambda row: len(split.words[row]))
     parts = [rows[i : i + 4 * BATCH] for i in range(0, len(rows), 4 * BATCH)]
-    predictions = torch.cat(
-        [
-            model([split.words[row] for row in part], split.ratings[part]).predictions
-            for part in parts
-        ]
-    )
-    ratings = split.ratings[rows]
+    scored = []
+    for part in parts:
+        words = [split.words[row] for row in part]
+        scored.append(model(words, split.ratings[part]).predictions)
+    predictions, ratings = torch.cat(scored), split.ratings[rows]
     return pearson(predictions, ratings), nn.functional.mse_loss(predictions, ratings).item()
 
 
@@ -142,9 +145,11 @@ def work(job: Run) -> Run:
     trainable = sum(parameter.numel() for parameter in methods.trained(model))
     data = batches(train, lengths, job["epochs"], job["seed"])
     head = (model.get_submodule("head"), job["head_lr"]) if job["head_lr"] else None
-    for _ in methods.fit(
-        model, method, rank, data, lr=job["lr"], schedule=lambda step: 1 - step / steps, head=head
-    ):
+
+    def schedule(step: int) -> float:
+        return 1 - step / steps
+
+    for _ in methods.fit(model, method, rank, data, lr=job["lr"], schedule=schedule, head=head):
         pass
     result: Run = {"trainable": trainable}
     for name, split in (("validation", validation), ("test", test)):
@@ -158,34 +163,29 @@ def jobs(seeds: int, study_seeds: int, words: int | None, epochs: int) -> list[R
     linears = methods.targeted(encoder, TARGETS).values()
     budget = sum(RANK * linear.out_features for linear in linears)
     size = {"words": words, "epochs": epochs}
-    comparison = [
-        (method, equal_rank(method, budget, linears), PAPER, None, rates)
-        for method, rates in RATES.items()
-    ]
-    study = [
-        (method, rank, scale, head, rates)
-        for method, scale, head, ranks, rates in STUDY
-        for rank in ranks
-    ]
-    wanted = [
-        {
-            "method": method,
-            "rank": rank,
-            "scale": scale,
-            "head_lr": head,
-            "lr": lr,
-            "seed": seed,
-            **size,
-        }
-        for seed in range(seeds)
-        for method, rank, scale, head, rates in comparison + (study if seed < study_seeds else [])
-        for lr in rates
-    ]
-    return [job for place, job in enumerate(wanted) if job not in wanted[:place]]
+    comparison: list[tuple[Any, ...]] = []
+    for method, rates in RATES.items():
+        comparison.append((method, equal_rank(method, budget, linears), PAPER, None, rates))
+    study: list[tuple[Any, ...]] = []
+    for method, scale, head, ranks, rates in STUDY:
+        study += [(method, rank, scale, head, rates) for rank in ranks]
+    wanted: list[Run] = []
+    for seed in range(seeds):
+        of_seed = comparison + study if seed < study_seeds else comparison
+        for method, rank, scale, head, rates in of_seed:
+            setting = {"method": method, "rank": rank, "scale": scale, "head_lr": head}
+            for lr in rates:
+                job = {**setting, "lr": lr, "seed": seed, **size}
+                if job not in wanted:
+                    wanted.append(job)
+    return wanted
 
 
 def measure(rounds: int, words: int | None) -> dict[str, Any]:
-    """Initialisation, step time and peak memory of each method at equal numbers of parameters, on a batch of 64 words."""
+    """Initialisation, step time and peak memory of each method, on a batch of 64 words.
+
+    The methods train equal numbers of parameters.
+    """
     (encoder, tokenizer), (train, _, _) = material(words)
     ranks = {job["method"]: job["rank"] for job in jobs(1, 0, words, EPOCHS)}
 
@@ -198,7 +198,7 @@ def measure(rounds: int, words: int | None) -> dict[str, Any]:
 
 
 def at_best(runs: list[Run], metric: str, **settings: Any) -> tuple[float, dict[int, float]]:
-    """The learning rate of some runs that is best on validation words, and a metric there, by seed."""
+    """The learning rate of some runs that is best on validation words; a metric there, by seed."""
     mine = select(runs, **settings)
     rate = best_rate(mine, "validation_r", largest=True)
     return rate, by_seed(select(mine, lr=rate), metric)
@@ -221,80 +221,48 @@ def report(result: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     runs = result["runs"]
     scores = quality(result)
-    p = holm(
-        {
-            method: paired(scores[MISSE], values)
-            for method, values in scores.items()
-            if method != MISSE
-        }
-    )
+    others = [method for method in scores if method != MISSE]
+    p = holm({method: paired(scores[MISSE], scores[method]) for method in others})
     rows = []
     for method, mine in comparison(result).items():
         rate, errors = at_best(mine, "test_mse")
+        score = Estimate.of(list(scores[method].values())).text(4)
+        error = Estimate.of(list(errors.values())).text(3)
+        against = f"{p[method]:.2g}" if method in p else ""
         cells = [method, mine[0]["rank"] or "-", mine[0]["trainable"], rate_text(rate, mine)]
-        cells += [
-            Estimate.of(list(scores[method].values())).text(4),
-            Estimate.of(list(errors.values())).text(3),
-        ]
-        rows.append([*cells, f"{p[method]:.2g}" if method in p else ""])
-    head = [
-        "method",
-        "rank",
-        "trained",
-        "best rate",
-        "test r",
-        "test mean squared error",
-        "p against MiSSe",
-    ]
-    return table(head, rows) + "\n\n" + report_study(runs)
+        rows.append([*cells, score, error, against])
+    head = ["method", "rank", "trained", "best rate", "test r", "test mean squared error"]
+    return table([*head, "p against MiSSe"], rows) + "\n\n" + report_study(runs)
 
 
 def report_study(runs: list[Run]) -> str:
-    """How far one learning rate serves all ranks: the best rate and r of each rank, and what the best common rate costs."""
+    """How far one learning rate serves all ranks.
+
+    The best rate and r of each rank, and what the best common rate costs.
+    """
     rows = []
     for method, scale, head, ranks, rates in STUDY:
-        cells_of = {
-            rank: by_rate(
-                select(runs, method=method, scale=scale, head_lr=head, rank=rank), "validation_r"
-            )
-            for rank in ranks
-        }
-        means = {
-            rank: {rate: statistics.fmean(of_rate) for rate, of_rate in cells.items()}
-            for rank, cells in cells_of.items()
-        }
-        shared = [rate for rate in rates if all(rate in of_rank for of_rank in means.values())]
-        lost = {
-            rate: max(max(of_rank.values()) - of_rank[rate] for of_rank in means.values())
-            for rate in shared
-        }
-        common = min(lost, key=lambda rate: lost[rate])
+        of_study = select(runs, method=method, scale=scale, head_lr=head)
+        own = {rank: select(of_study, rank=rank) for rank in ranks}
+        lost = {rank: shortfall(own[rank]) for rank in ranks}
+        shared = [rate for rate in rates if all(rate in of_rank for of_rank in lost.values())]
+        worst = {rate: max(of_rank[rate] for of_rank in lost.values()) for rate in shared}
+        common = min(worst, key=lambda rate: worst[rate])
         for rank in ranks:
-            rate, values = at_best(
-                runs, "test_r", method=method, scale=scale, head_lr=head, rank=rank
-            )
-            cells = [
-                method,
-                scale or "own",
-                f"{head:g}" if head else "same",
-                rank,
-                rate_text(rate, select(runs, method=method, scale=scale, head_lr=head, rank=rank)),
-                Estimate.of(list(values.values())).text(4),
-            ]
-            rows.append(
-                [*cells, f"{common:g}", f"{max(means[rank].values()) - means[rank][common]:.4f}"]
-            )
-    titles = [
-        "method",
-        "scale",
-        "head's rate",
-        "rank",
-        "best rate",
-        "test r",
-        "best common rate",
-        "validation r lost there",
-    ]
-    return table(titles, rows)
+            rate, values = at_best(own[rank], "test_r")
+            kind = [method, scale or "own", f"{head:g}" if head else "same", rank]
+            score = Estimate.of(list(values.values())).text(4)
+            shared_rate = [f"{common:g}", f"{lost[rank][common]:.4f}"]
+            rows.append([*kind, rate_text(rate, own[rank]), score, *shared_rate])
+    titles = ["method", "scale", "head's rate", "rank", "best rate", "test r", "best common rate"]
+    return table([*titles, "validation r lost there"], rows)
+
+
+def shortfall(runs: list[Run]) -> dict[float, float]:
+    """By learning rate, how much mean validation r is below that of the best rate."""
+    rates = by_rate(runs, "validation_r")
+    means = {rate: statistics.fmean(values) for rate, values in rates.items()}
+    return {rate: max(means.values()) - mean for rate, mean in means.items()}
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,21 +273,14 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     axis.set(xlabel="learning rate", ylabel="Pearson r on held-out words", xscale="log")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     scales, axes = plots.panels(2, 4, width=2.4, height=2.5, sharey=True)
+    looks = [{"alpha": alpha, "marker": marker} for alpha, marker in zip((1.0, 0.7, 0.4), "os^")]
     for axis, (method, scale, head, ranks, _) in zip(axes, STUDY):
-        for place, rank in enumerate(ranks):
+        for look, rank in zip(looks, ranks):
             mine = select(result["runs"], method=method, scale=scale, head_lr=head, rank=rank)
-            sensitivity(
-                axis,
-                mine,
-                method,
-                label=f"rank {rank}",
-                alpha=(1.0, 0.7, 0.4)[place],
-                marker="os^"[place],
-            )
+            sensitivity(axis, mine, method, label=f"rank {rank}", **look)
         kind = f"scale {scale or 'own'}" + (f", head at {head:g}" if head else "")
-        axis.set(
-            title=f"{method}\n{kind}", xlabel="learning rate", ylabel="Pearson r", xscale="log"
-        )
+        axis.set(title=f"{method}\n{kind}", xlabel="learning rate", ylabel="Pearson r")
+        axis.set_xscale("log")
         axis.legend(loc="lower right")
     for axis in axes[len(STUDY) :]:
         axis.remove()
@@ -327,13 +288,13 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sensitivity(axis: Any, runs: list[Run], method: str, **others: Any) -> None:
-    """Test r against the learning rate, up to the rate at which training fails (a mean of r below 0.7)."""
-    rates = {
-        rate: values
-        for rate, values in by_rate(runs, "test_r").items()
-        if statistics.fmean(values) > 0.7
-    }
-    plots.band(axis, list(rates), list(rates.values()), method, **others)
+    """Test r against the learning rate, up to the rate at which training fails.
+
+    Training fails where the mean of r is below 0.7.
+    """
+    rates = by_rate(runs, "test_r")
+    kept = [rate for rate in rates if statistics.fmean(rates[rate]) > 0.7]
+    plots.band(axis, kept, [rates[rate] for rate in kept], method, **others)
     axis.set_ylim(0.72, 0.9)
 
 
@@ -342,9 +303,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = get_parser(__doc__, seeds=5).parse_args(argv)
     require_extras("word_valence", methods.EXTRAS | methods.MINILM)
     words, seeds, rounds = (300, 2, 2) if args.quick else (None, args.seeds, 40)
-    result = run_all(
-        jobs(seeds, min(seeds, STUDY_SEEDS), words, EPOCHS), work, args.json, args.workers
-    )
+    wanted = jobs(seeds, min(seeds, STUDY_SEEDS), words, EPOCHS)
+    result = run_all(wanted, work, args.json, args.workers)
     result["costs"] = measure(rounds, words)
     write(args.json, result)
     print(report(result))

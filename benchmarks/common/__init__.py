@@ -1,1 +1,4 @@
-"""What the experiments share: the methods they compare, one runner with one record of a run, one style of plot."""
+"""What the experiments share.
+
+The methods they compare, one runner with one record of a run, and one style of plot.
+"""

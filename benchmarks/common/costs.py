@@ -1,4 +1,7 @@
-"""What the methods cost on one model: parameters, initialisation, step time and memory, measured side by side."""
+"""What the methods cost on one model, measured side by side.
+
+Parameters, initialisation, step time and memory.
+"""
 
 import copy
 import itertools
@@ -26,16 +29,16 @@ def costs(
 ) -> dict[str, dict[str, Any]]:
     """Of each method, on copies of ``model``: what it trains, and what it costs.
 
-    ``trainable`` parameters, ``rank``, ``start_ms`` to adapt the copy, ``step`` (see `measure.ratios`, to the method ``base``),
-    and ``memory`` in bytes: parameters, buffers, AdamW's two states, and what a step holds beyond them at one time, gradients
-    included (AdaLoRA's importance scores are not counted). A build takes the copy and the length of the training, by which
-    AdaLoRA plans. Everything is timed in this process, the methods taking turns.
+    ``trainable`` parameters, ``rank``, ``start_ms`` to adapt the copy, ``step`` (see
+    `measure.ratios`, to the method ``base``), and ``memory`` in bytes. Memory is parameters,
+    buffers, AdamW's two states, and what a step holds beyond them at one time, gradients included.
+    AdaLoRA's importance scores are not counted. A build takes the copy and the length of the
+    training, by which AdaLoRA plans. Everything is timed in this process, the methods taking turns.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    steps = (
-        3 * rounds
-    )  # most of what is timed lies in AdaLoRA's middle part, where it fits its budget
+    # Most of what is timed lies in AdaLoRA's middle part, where it fits its budget.
+    steps = 3 * rounds
     starts: dict[str, list[float]] = {name: [] for name in builds}
     models = {}
     for _ in range(max(3, rounds // 10)):
@@ -46,14 +49,8 @@ def costs(
             starts[name].append(time.perf_counter() - start)
 
     def stepper(name: str) -> Callable[[], object]:
-        run = fit(
-            models[name],
-            name,
-            ranks[name],
-            itertools.repeat(batch),
-            lr=1e-4,
-            schedule=lambda step: 1.0,
-        )
+        forever = itertools.repeat(batch)
+        run = fit(models[name], name, ranks[name], forever, lr=1e-4, schedule=lambda step: 1.0)
         return lambda: next(run)
 
     steppers = {name: stepper(name) for name in models}
@@ -61,10 +58,8 @@ def costs(
     result = {}
     for name, adapted in models.items():
         weights = trained(adapted)
-        held = sum(
-            tensor.nbytes
-            for tensor in (*adapted.parameters(), *adapted.buffers(), *weights, *weights)
-        )
+        kept = (*adapted.parameters(), *adapted.buffers(), *weights, *weights)
+        held = sum(tensor.nbytes for tensor in kept)
         result[name] = {
             "trainable": sum(parameter.numel() for parameter in weights),
             "rank": ranks[name],

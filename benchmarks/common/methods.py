@@ -1,4 +1,7 @@
-"""The methods that the experiments compare: ours through `miss.inject`, the others through Hugging Face PEFT."""
+"""The methods that the experiments compare.
+
+Ours are called through `miss.inject`, the others through Hugging Face PEFT.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,9 +60,10 @@ class Output:
 def equal_rank(
     method: str, budget: int, linears: Iterable[nn.Linear], *, vera: int = 256
 ) -> int | None:
-    """The largest rank at which ``method`` trains at most ``budget`` parameters in these layers, and at least 1.
+    """The largest rank at which ``method`` trains at most ``budget`` parameters in these layers.
 
-    VeRA cannot spend the budget, since its matrices are frozen: its rank is ``vera``. Full fine-tuning has none.
+    It is at least 1. VeRA cannot spend the budget, since its matrices are frozen: its rank is
+    ``vera``. Full fine-tuning has none.
     """
     if method == FULL:
         return None
@@ -72,18 +76,18 @@ def equal_rank(
 
 def targeted(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The linear layers whose last name is among ``targets``, by their whole names."""
-    named = model.named_modules()
-    return {
-        name: layer
-        for name, layer in named
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets
-    }
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets:
+            found[name] = layer
+    return found
 
 
 def alpha(method: str, rank: int, scale: float | None = None) -> float:
-    """LoRA's alpha: ``scale`` times the rank, if given (for methods whose factor is alpha over rank).
+    """LoRA's alpha: ``scale`` times the rank, if given.
 
-    Else twice the rank, as in the paper's Table 10, for PiSSA the rank, and 16 for rsLoRA, which divides by the rank's root.
+    That is for methods whose factor is alpha over rank. Else it is twice the rank, as in the
+    paper's Table 10, for PiSSA the rank, and 16 for rsLoRA, which divides by the rank's root.
     """
     return scale * rank if scale else {RSLORA: 16, PISSA: rank}.get(method, 2 * rank)
 
@@ -98,10 +102,11 @@ def adapt(
     head: str | None = None,
     steps: int = 1,
 ) -> nn.Module:
-    """Adapt ``model`` in place, its ``head`` trained with the adapters; return what to call: for PEFT's methods its wrapper.
+    """Adapt ``model`` in place, its ``head`` trained with the adapters; return what to call.
 
-    Full fine-tuning trains every parameter. ``scale`` is the delta's factor (for LoRA and its kin alpha over rank), by default
-    1 for our methods and see `alpha` for the others; ``"orthonormal"`` is for ours only. ``steps`` is the training's length,
+    For PEFT's methods that is its wrapper. Full fine-tuning trains every parameter. ``scale`` is
+    the delta's factor (for LoRA and its kin alpha over rank). Its default is 1 for our methods; see
+    `alpha` for the others. ``"orthonormal"`` is for ours only. ``steps`` is the training's length,
     by which AdaLoRA plans its ranks.
     """
     if method == FULL:
@@ -121,22 +126,14 @@ def adapt(
         config = peft.VeraConfig(r=rank, **common)
     elif method == ADALORA:
         # Two thirds of the rank are left at the end, as in PEFT's defaults (12 and 8).
-        ends = {
-            "init_r": rank,
-            "target_r": max(1, rank * 2 // 3),
-            "tinit": steps // 10,
-            "tfinal": steps // 3,
-        }
+        ranks = {"init_r": rank, "target_r": max(1, rank * 2 // 3)}
+        plan = {"tinit": steps // 10, "tfinal": steps // 3, "total_step": steps}
         config = peft.AdaLoraConfig(
-            total_step=steps, lora_alpha=alpha(method, rank, scale), **ends, **common
+            lora_alpha=alpha(method, rank, scale), **ranks, **plan, **common
         )
     else:
-        initial = "pissa" if method == PISSA else True
-        kinds = {
-            "init_lora_weights": initial,
-            "use_rslora": method == RSLORA,
-            "use_dora": method == DORA,
-        }
+        kinds = {"use_rslora": method == RSLORA, "use_dora": method == DORA}
+        kinds["init_lora_weights"] = "pissa" if method == PISSA else True
         config = peft.LoraConfig(r=rank, lora_alpha=alpha(method, rank, scale), **kinds, **common)
     wrapped = peft.get_peft_model(model, config)
     if method == LORA_FA:
@@ -149,7 +146,10 @@ def adapt(
 
 
 def flip(layer: nn.Linear) -> None:
-    """Give the columns of the delta random signs: the weight's columns are flipped, and before each forward so are the inputs."""
+    """Give the columns of the delta random signs.
+
+    The weight's columns are flipped, and before each forward so are the inputs.
+    """
     signs = torch.randint(2, (layer.in_features,)) * 2.0 - 1
     with torch.no_grad():
         layer.weight *= signs
@@ -171,10 +171,11 @@ def fit(
     schedule: Callable[[int], float],
     head: tuple[nn.Module, float] | None = None,
 ) -> Iterator[float]:
-    """Train with AdamW, without weight decay, one step for each batch; yield the loss of each step when it is done.
+    """Train with AdamW, without weight decay, one step for each batch.
 
-    ``schedule`` gives the factor of the rate at each step. The model's output has a ``loss``. ``head`` is a part of the model
-    with a learning rate of its own.
+    Yields the loss of each step when it is done. ``schedule`` gives the factor of the rate at each
+    step. The model's output has a ``loss``. ``head`` is a part of the model with a learning rate of
+    its own.
     """
     if method == LORA_FA:
         from peft.optimizers import create_lorafa_optimizer
@@ -182,9 +183,8 @@ def fit(
         optimizer = create_lorafa_optimizer(model, r=rank, lora_alpha=alpha(method, rank), lr=lr)
     else:
         own = trained(head[0]) if head else []
-        others = [
-            parameter for parameter in trained(model) if all(parameter is not each for each in own)
-        ]
+        taken = {id(parameter) for parameter in own}
+        others = [parameter for parameter in trained(model) if id(parameter) not in taken]
         groups = [{"params": others}, {"params": own, "lr": head[1]}] if head else others
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

@@ -1,4 +1,7 @@
-"""One style for all figures: each method its colour, marker and line everywhere, axes with units, intervals drawn."""
+"""One style for all figures.
+
+Each method has its colour, marker and line everywhere. Axes have units, and intervals are drawn.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -21,7 +24,8 @@ from common.methods import (
 from common.runs import Estimate
 
 FIGURES = Path(__file__).parent.parent.parent / "docs" / "figures"
-# After Okabe and Ito, whose colours the common forms of colour blindness leave apart; markers and dashes differ too.
+# After Okabe and Ito, whose colours the common forms of colour blindness leave apart. Markers and
+# dashes differ too.
 STYLES: dict[str, tuple[str, str, str]] = {
     MISSE: ("#D55E00", "o", "-"),
     SIGNED: ("#D55E00", "o", ":"),
@@ -75,13 +79,13 @@ def look(method: str, **others: Any) -> dict[str, Any]:
 def band(
     axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], method: str, **others: Any
 ) -> None:
-    """A line through the means with its 95 % interval as a band; ``values`` holds at each x one number a seed."""
+    """A line through the means with its 95 % interval as a band.
+
+    ``values`` holds at each x one number a seed.
+    """
     estimates = [Estimate.of(of_x) for of_x in values]
-    axis.plot(
-        x,
-        [estimate.mean for estimate in estimates],
-        **look(method, markevery=max(1, len(x) // 8), **others),
-    )
+    means = [estimate.mean for estimate in estimates]
+    axis.plot(x, means, **look(method, markevery=max(1, len(x) // 8), **others))
     low, high = ([mean + sign * half for mean, half in estimates] for sign in (-1, 1))
     if len(values[0]) > 1:
         axis.fill_between(x, low, high, color=STYLES[method][0], alpha=0.1, linewidth=0)
@@ -98,6 +102,5 @@ def save(figure: Any, name: str, sources: Iterable[Path]) -> None:
 
 def digest(sources: Iterable[Path]) -> str:
     """The names and SHA-256 sums of result files."""
-    return "; ".join(
-        f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in sources
-    )
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    return "; ".join(f"{name} {of_file[:16]}" for name, of_file in sums.items())

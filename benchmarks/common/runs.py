@@ -37,13 +37,15 @@ class Estimate(NamedTuple):
 
     def text(self, digits: int = 3) -> str:
         """For a table: ``0.883 ± 0.004``."""
-        return f"{self.mean:.{digits}f}" + (
-            f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else ""
-        )
+        interval = f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else ""
+        return f"{self.mean:.{digits}f}{interval}"
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
-    """p of Student's paired t-test, two-sided, over the seeds that both have; nan for fewer than two."""
+    """p of Student's paired t-test, two-sided, over the seeds that both have.
+
+    It is nan for fewer than two seeds.
+    """
     from scipy import stats
 
     seeds = sorted(ours.keys() & theirs.keys())
@@ -53,7 +55,10 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's correction of p values for the number of comparisons (Holm 1979, doi 10.2307/4615733); nan stays nan."""
+    """Holm's correction of p values for the number of comparisons; nan stays nan.
+
+    See Holm 1979, doi 10.2307/4615733.
+    """
     adjusted, floor = dict(values), 0.0
     known = [name for name in values if not math.isnan(values[name])]
     for place, name in enumerate(sorted(known, key=lambda name: values[name])):
@@ -67,19 +72,26 @@ def select(runs: Iterable[Run], **settings: Any) -> list[Run]:
 
 
 def by_seed(runs: Iterable[Run], metric: str) -> dict[int, float]:
-    """A metric of runs that differ by seed; two runs of one seed are an error, since they differ in some setting."""
+    """A metric of runs that differ by seed.
+
+    Two runs of one seed are an error, since they differ in some setting.
+    """
     result: dict[int, float] = {}
     for run in runs:
         if run["seed"] in result:
             raise ValueError(
-                f"two runs of seed {run['seed']}: {run}; keep runs of other settings in a file of their own"
+                f"two runs of seed {run['seed']}: {run}; "
+                "keep runs of other settings in a file of their own"
             )
         result[run["seed"]] = run[metric]
     return result
 
 
 def by_rate(runs: Iterable[Run], metric: str) -> dict[float, list[float]]:
-    """Of runs that differ by learning rate and seed: the metric at each rate. Rates where a run diverged are left out."""
+    """Of runs that differ by learning rate and seed: the metric at each rate.
+
+    Rates where a run diverged are left out.
+    """
     rates: dict[float, list[float]] = {}
     for run in runs:
         rates.setdefault(run["lr"], []).append(math.nan if run[metric] is None else run[metric])
@@ -101,11 +113,10 @@ def write(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result file at one stroke, one run a line; no path, no file."""
     if path:
         runs = ",\n".join(json.dumps(run) for run in result["runs"])
-        rest = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)[
-            :-2
-        ]
+        rest = {key: value for key, value in result.items() if key != "runs"}
+        head = json.dumps(rest, indent=1)[:-2]  # without the brace that closes it
         draft = path.with_suffix(".tmp")
-        draft.write_text(f'{rest},\n "runs": [\n{runs}\n]}}\n')
+        draft.write_text(f'{head},\n "runs": [\n{runs}\n]}}\n')
         os.replace(draft, path)
 
 
@@ -127,12 +138,13 @@ def rate_text(rate: float, runs: Iterable[Run]) -> str:
 def run_all(
     jobs: Sequence[Run], work: Callable[[Run], Run], path: Path | None, workers: int
 ) -> dict[str, Any]:
-    """Run ``work`` on the settings of every job; return the result file's content, ``{"environment": ..., "runs": [...]}``.
+    """Run ``work`` on the settings of every job; return the result file's content.
 
-    A run is one dict: its settings (every job has the same ones), what ``work`` returned, and the commit. The file is
-    written after each run, and jobs that stand in it are not run again, so that an interrupted benchmark goes on where it was.
-    ``workers`` processes of one thread each run jobs side by side; with 0 this process runs them, with the threads it has.
-    Numbers that are not finite are written as null.
+    That is ``{"environment": ..., "runs": [...]}``. A run is one dict: its settings (every job has
+    the same ones), what ``work`` returned, and the commit. The file is written after each run, and
+    jobs that stand in it are not run again, so that an interrupted benchmark goes on where it was.
+    ``workers`` processes of one thread each run jobs side by side; with 0 this process runs them,
+    with the threads it has. Numbers that are not finite are written as null.
     """
     from tqdm import tqdm
 
