@@ -1,4 +1,7 @@
-"""The site: Sphinx with furo and MyST. Build it with ``python -m sphinx -W --keep-going -n -b html docs build/site``."""
+"""The site: Sphinx with furo and MyST.
+
+Build it with ``python -m sphinx -W --keep-going -n -b html docs build/site``.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -26,45 +29,42 @@ napoleon_custom_sections = ["Shape"]
 napoleon_use_ivar = True
 napoleon_use_param = False  # one line may describe several parameters
 napoleon_use_rtype = False
-nitpick_ignore_regex = [  # names of torch, Python and others, which have no page here, and type variables
+# Names of torch, Python and others, which have no page here, and type variables.
+nitpick_ignore_regex = [
     ("py:.*", r"(nn|torch|typing|os|re|collections|peft)\..*"),
     ("py:.*", r"(miss\..*\.)?(Model|Self)"),
-    (
-        "py:.*",
-        r"Any|Callable|Iterable|Iterator|Linear|Mapping|Module|NamedTuple|Parameter|PathLike|Tensor|state_dict|str",
-    ),
+    ("py:.*", r"Any|Callable|Iterable|Iterator|Linear|Mapping|Module|NamedTuple|Parameter"),
+    ("py:.*", r"PathLike|Tensor|state_dict|str"),
 ]
 
-# HTML. MathJax is one file, served from the site itself. Its menu offers speech, for which it would load more.
+# HTML. MathJax is one file, served from the site itself. Its menu offers speech, for which it would
+# load more.
 html_theme = "furo"
 html_title = f"miss {release}"
 html_copy_source = html_show_copyright = html_show_sourcelink = False
-mathjax = (
-    Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
-    / "static"
-    / "mathjax"
-    / "tex-svg.js"
-)
+package = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+mathjax = package / "static" / "mathjax" / "tex-svg.js"
 html_static_path = ["static", str(mathjax)]
 html_css_files = ["site.css"]
 mathjax_path = mathjax.name
 mathjax3_config = {"options": {"enableMenu": False}}
+# The figures' colour of MiSSe, and a lighter one for the dark pages.
+brand = ("color-brand-primary", "color-brand-content")
 html_theme_options = {
-    "light_css_variables": {
-        "color-brand-primary": "#a83f00",
-        "color-brand-content": "#a83f00",
-    },  # the figures' colour of MiSSe
-    "dark_css_variables": {"color-brand-primary": "#f08a4b", "color-brand-content": "#f08a4b"},
+    "light_css_variables": dict.fromkeys(brand, "#a83f00"),
+    "dark_css_variables": dict.fromkeys(brand, "#f08a4b"),
 }
 
 
 def public_name(app, env, node, contnode):
-    """A name in a docstring, as `inject` or `forward`, that is one of ours in another module or in the layers' base class."""
+    """A name in a docstring, as `inject` or `forward`, that is one of ours elsewhere.
+
+    It may be in another module, or in the layers' base class.
+    """
+    python, page = env.domains["py"], node.get("refdoc")
     for home in ("miss", "miss.adapted.AdaptedLinear"):
         target = f"{home}.{node.get('reftarget')}"
-        found = env.domains["py"].resolve_xref(
-            env, node.get("refdoc"), app.builder, "obj", target, node, contnode
-        )
+        found = python.resolve_xref(env, page, app.builder, "obj", target, node, contnode)
         if node.get("refdomain") == "py" and found is not None:
             return found
     return None

@@ -1,4 +1,7 @@
-"""Tiny random models of real architectures: every linear layer adapted, called, trained, taken out again."""
+"""Tiny random models of real architectures.
+
+Every linear layer is adapted, called, trained, and taken out again.
+"""
 
 from collections.abc import Callable
 
@@ -63,9 +66,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor]]] = {
 def test_every_linear_layer(name: str, method: str):
     build, inputs = MODELS[name]
     torch.manual_seed(0)
-    model = (
-        build().eval().requires_grad_(False)
-    )  # frozen, since torch chooses attention kernels by that flag
+    # Frozen, since torch chooses attention kernels by that flag.
+    model = build().eval().requires_grad_(False)
     before, base = snapshot(model), model(**inputs).logits
     inject(model, "all-linear", rank=5, method=method)
     head = model.get_output_embeddings()
@@ -78,9 +80,8 @@ def test_every_linear_layer(name: str, method: str):
     tuned = model(**inputs).logits
     assert not torch.equal(tuned, base)
     tuned.square().mean().backward()
-    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.grad is not None} == {
-        "miss_D"
-    }
+    with_gradient = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert {name.rsplit(".", 1)[1] for name in with_gradient} == {"miss_D"}
     with disabled(model):
         assert torch.equal(model(**inputs).logits, base)
     eject(model)

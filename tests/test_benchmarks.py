@@ -36,16 +36,14 @@ def test_layer_cost_reports_every_competitor():
     assert text.count(f"| {' | '.join(names)} |") == 3  # the head of each table
 
 
+def language_model(**settings: object) -> LlamaForCausalLM:
+    sizes = {"vocab_size": 97, "hidden_size": 96, "intermediate_size": 128}
+    config = LlamaConfig(**sizes, num_attention_heads=2, **settings)
+    return LlamaForCausalLM(config).train()
+
+
 def test_model_cost_on_a_small_model():
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=96,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    base = LlamaForCausalLM(config).train()
+    base = language_model(num_hidden_layers=2, tie_word_embeddings=True)
     training = model_cost.training(base, torch.float32, 2)
     trained = {name: row["trainable"] for name, row in training["results"].items()}
     assert trained[OURS] == trained[PEER] == max(trained.values())
@@ -59,14 +57,7 @@ def test_model_cost_on_a_small_model():
 
 
 def test_a_wrong_adapter_in_a_model_is_found():
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=96,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    base = LlamaForCausalLM(config).train()
+    base = language_model(num_hidden_layers=1)
     ways = model_cost.injections(model_cost.equal_ranks(base))
     models = {name: ways[name](copy.deepcopy(base)) for name in (OURS, PEER)}
     adapted_modules(models[OURS])["model.layers.0.mlp.up_proj"].scale = 1.01

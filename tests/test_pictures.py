@@ -1,6 +1,7 @@
 """The pictures of the documentation are drawn from the library."""
 
 import importlib.util
+import itertools
 import pathlib
 import types
 
@@ -38,28 +39,19 @@ def test_the_drawn_matrices_are_d_and_the_delta(name: str):
     for place, (in_features, out_features, rank, _) in enumerate(rows):
         layer = pictures.layer(form, in_features, out_features, rank)
         colours = {}
-        for axis, want in zip(
-            axes[2 * place : 2 * place + 2], (layer.miss_D, layer.delta_weight())
-        ):
+        drawn = axes[2 * place : 2 * place + 2]
+        for axis, want in zip(drawn, (layer.miss_D, layer.delta_weight())):
             (mesh,) = axis.collections
             assert torch.equal(torch.tensor(mesh.get_array()), want.detach())
             text = {text.get_position(): float(text.get_text()) for text in axis.texts}
-            assert text == {
-                (c + 0.5, o + 0.5): want[o, c].item()
-                for o in range(len(want))
-                for c in range(want.shape[1])
-            }
-            for number, colour in zip(
-                mesh.get_array().flatten(), mesh.to_rgba(mesh.get_array()).reshape(-1, 4)
-            ):
-                assert colours.setdefault(float(number), tuple(colour)) == tuple(
-                    colour
-                )  # a number has one colour everywhere
-        wide = layer.miss_D.shape[1]
-        lines = {
-            number: int(number - 1) % wide if by_column else int(number - 1) // wide
-            for number in colours
-        }
-        assert (
-            len({(lines[number], colours[number]) for number in colours}) == rank
-        )  # as many colours as columns or rows of D
+            cells = itertools.product(range(want.shape[0]), range(want.shape[1]))
+            assert text == {(c + 0.5, o + 0.5): want[o, c].item() for o, c in cells}
+            shown = mesh.to_rgba(mesh.get_array()).reshape(-1, 4)
+            for number, colour in zip(mesh.get_array().flatten(), map(tuple, shown)):
+                # A number has one colour everywhere.
+                assert colours.setdefault(float(number), colour) == colour
+        pairs = set()
+        for number, colour in colours.items():
+            row, column = divmod(int(number) - 1, layer.miss_D.shape[1])
+            pairs.add((column if by_column else row, colour))
+        assert len(pairs) == rank  # as many colours as columns or rows of D

@@ -1,4 +1,7 @@
-"""The documentation holds what it says: its code runs, its links lead somewhere, the site builds without a warning."""
+"""The documentation holds what it says.
+
+Its code runs, its links lead somewhere, and the site builds without a warning.
+"""
 
 import html.parser
 import pathlib
@@ -15,10 +18,8 @@ import torch
 from tests.public_api import public
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = {
-    str(path.relative_to(ROOT)): path
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-}
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = {str(path.relative_to(ROOT)): path for path in FILES}
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*)\n((?:.*\n)*?)^\1\2 *$", re.MULTILINE)
 PYTHON = "python"
 NOT_RUN = ("sh", "text", "json", "toml", "bibtex")  # beside the directives of MyST
@@ -26,45 +27,41 @@ NOT_RUN = ("sh", "text", "json", "toml", "bibtex")  # beside the directives of M
 
 def fences(page: str) -> list[tuple[int, str, str]]:
     """The fenced blocks of a page: the line of the fence, what stands behind it, the content."""
-    text = PAGES[page].read_text()
-    found = FENCE.finditer(text)
-    return [
-        (text.count("\n", 0, each.start()) + 1, each[3].strip(), textwrap.dedent(each[4]))
-        for each in found
-    ]
+    text, found = PAGES[page].read_text(), []
+    for each in FENCE.finditer(text):
+        line = text.count("\n", 0, each.start()) + 1
+        found.append((line, each[3].strip(), textwrap.dedent(each[4])))
+    return found
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(kind == PYTHON for _, kind, _ in fences(page))]
-)
+def has_code(page: str) -> bool:
+    return any(kind == PYTHON for _, kind, _ in fences(page))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if has_code(page)])
 def test_code_of_a_page_runs_as_shown(
     page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    module = types.ModuleType(
-        "page"
-    )  # one for all blocks; in sys.modules, so that pickle finds the classes of the page
+    # One for all blocks; in sys.modules, so that pickle finds the classes of the page.
+    module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     torch.manual_seed(0)
     for line, kind, code in fences(page):
         if kind == PYTHON:
-            exec(
-                compile("\n" * line + code, str(PAGES[page]), "exec", dont_inherit=True),
-                module.__dict__,
-            )
+            compiled = compile("\n" * line + code, str(PAGES[page]), "exec", dont_inherit=True)
+            exec(compiled, module.__dict__)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_code_of_a_page_goes_unrun(page: str):
     text, blocks = PAGES[page].read_text(), fences(page)
-    assert 2 * len(blocks) == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)), (
-        "a fence is not closed"
-    )
+    marks = re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)
+    assert len(marks) == 2 * len(blocks), "a fence is not closed"
     for line, kind, _ in blocks:
         directive = kind.startswith("{") and not kind.startswith("{code")
-        assert kind in (PYTHON, *NOT_RUN) or directive, (
-            f"{page}, line {line}: ```{kind} is neither run nor known not to be code"
-        )
+        known = kind in (PYTHON, *NOT_RUN) or directive
+        assert known, f"{page}, line {line}: ```{kind} is neither run nor known not to be code"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -105,19 +102,8 @@ class Sources(html.parser.HTMLParser):
 
 def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: pathlib.Path):
     site = tmp_path / "site"
-    strict = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-n",
-        "-q",
-        "-b",
-        "html",
-        "docs",
-        str(site),
-    ]
+    strict = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q"]
+    strict += ["-b", "html", "docs", str(site)]
     build = subprocess.run(strict, capture_output=True, text=True, cwd=ROOT)
     assert build.returncode == 0, build.stderr
 
@@ -132,10 +118,8 @@ def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: pat
         loaded |= dict.fromkeys(parser.found, path.name)
     for path in site.rglob("*.css"):
         css = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
-        loaded |= dict.fromkeys(
-            re.findall(r"(?:url\(|@import)\s*['\"]?([^'\")\s]+)", css), path.name
-        )
-    assert {
-        source: name for source, name in loaded.items() if re.match(r"\w+:(?!image/)|//", source)
-    } == {}
+        named = re.findall(r"(?:url\(|@import)\s*['\"]?([^'\")\s]+)", css)
+        loaded |= dict.fromkeys(named, path.name)
+    elsewhere = [source for source in loaded if re.match(r"\w+:(?!image/)|//", source)]
+    assert {source: loaded[source] for source in elsewhere} == {}
     assert "tex-svg.js" in " ".join(loaded)

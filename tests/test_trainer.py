@@ -1,4 +1,7 @@
-"""Training under the Hugging Face Trainer: checkpoint, resume, and a small adapter file at the end."""
+"""Training under the Hugging Face Trainer.
+
+Checkpoint, resume, and a small adapter file at the end.
+"""
 
 import copy
 import pathlib
@@ -25,15 +28,9 @@ class Texts(torch.utils.data.Dataset):
 
 def causal_lm() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, intermediate_size=20, vocab_size=31)
-    )
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": 31}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
 
 
 def trainer(model: nn.Module, folder: pathlib.Path, steps: int) -> transformers.Trainer:
@@ -54,9 +51,8 @@ def trainer(model: nn.Module, folder: pathlib.Path, steps: int) -> transformers.
 
 
 @pytest.mark.parametrize("method", ["misse", "miss"])
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
-)  # not ours to mend
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # not ours to mend
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_train_checkpoint_resume_save_and_load(tmp_path: pathlib.Path, method: str):
     base = causal_lm()
     model = inject(copy.deepcopy(base), "all-linear", rank=2, method=method)
@@ -78,8 +74,7 @@ def test_train_checkpoint_resume_save_and_load(tmp_path: pathlib.Path, method: s
 
     save(model, tmp_path / "adapter.safetensors")
     adapters = sum(layer.miss_D.nbytes for layer in adapted_modules(model).values())
-    assert (
-        tmp_path / "adapter.safetensors"
-    ).stat().st_size < adapters + 8000  # 14 layers' metadata
+    size = (tmp_path / "adapter.safetensors").stat().st_size
+    assert size < adapters + 8000  # 14 layers' metadata
     loaded = load(copy.deepcopy(base), tmp_path / "adapter.safetensors").eval()
     assert torch.equal(loaded(TEXTS).logits, model.eval()(TEXTS).logits)
