@@ -1,4 +1,7 @@
-"""What the benchmarks measure with: bytes counted exactly, times of competitors interleaved in one process."""
+"""What the benchmarks measure with.
+
+Bytes are counted exactly. Times of competitors are interleaved in one process.
+"""
 
 import importlib.util
 import os
@@ -17,10 +20,9 @@ from torch import Tensor, nn
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward of ``module`` saves for backward, parameters and buffers of the module left out."""
-    own = {
-        tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())
-    }
+    """Bytes that a forward of ``module`` saves for backward, without its parameters and buffers."""
+    held = (*module.parameters(), *module.buffers())
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -33,30 +35,32 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
 
 
 def peak_bytes(step: Callable[[], object], clear: Iterable[Tensor] = ()) -> int:
-    """The most that ``step`` holds at one time beyond what was there before, once the gradients of ``clear`` were let go.
+    """The most bytes that ``step`` holds at one time beyond what was there before.
 
-    It is counted from the events of the CPU's allocator, in their order.
+    The gradients of ``clear`` are let go before it. The bytes are counted from the events of the
+    CPU's allocator, in their order.
     """
     for tensor in clear:
         tensor.grad = None
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    events = [
-        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
+    events = profile.profiler.kineto_results.events()
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
     return peak
 
 
 def interleaved(
     steps: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds per call of each step in each round. A round starts from another step each time, and repeats each on end."""
+    """Seconds per call of each step in each round.
+
+    A round starts from another step each time, and repeats each on end.
+    """
     names, times = list(steps), {name: [] for name in steps}
     for turn in range(-2, rounds):  # two rounds to warm up
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -69,9 +73,10 @@ def interleaved(
 
 
 def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, Any]]:
-    """Of each step to ``base``: ``min``, the ratio of the minima; ``median`` and ``quartiles`` of the ratios within one round.
+    """Of each step to ``base``: ``min``, the ratio of the minima.
 
-    ``ms`` is the step's own median.
+    ``median`` and ``quartiles`` are those of the ratios within one round. ``ms`` is the step's own
+    median.
     """
     result = {}
     for name, own in times.items():
@@ -112,10 +117,10 @@ def environment() -> dict[str, object]:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -125,13 +130,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def require_extras(script: str, extras: Mapping[str, Sequence[str]]) -> None:
-    """Exit with the commands to run if a package that only ``script`` needs is missing: by command, what it installs."""
-    missing = {
-        command: [name for name in names if not importlib.util.find_spec(name)]
-        for command, names in extras.items()
-    }
-    if any(missing.values()):
-        names = ", ".join(name for group in missing.values() for name in group)
-        sys.exit(
-            f"{script} needs {names}; run: {' && '.join(command for command, group in missing.items() if group)}"
-        )
+    """Exit with the commands to run if a package that only ``script`` needs is missing.
+
+    ``extras`` has by command what it installs.
+    """
+    missing, commands = [], []
+    for command, names in extras.items():
+        lacking = [name for name in names if not importlib.util.find_spec(name)]
+        if lacking:
+            missing += lacking
+            commands.append(command)
+    if missing:
+        sys.exit(f"{script} needs {', '.join(missing)}; run: {' && '.join(commands)}")
