@@ -62,7 +62,7 @@ def public_name(app, env, node, contnode):
     It may be in another module, or in the layers' base class.
     """
     python, page = env.domains["py"], node.get("refdoc")
-    for home in ("miss", "miss.adapted.AdaptedLinear"):
+    for home in ("miss", "miss.AdaptedLayer"):
         target = f"{home}.{node.get('reftarget')}"
         found = python.resolve_xref(env, page, app.builder, "obj", target, node, contnode)
         if node.get("refdomain") == "py" and found is not None:

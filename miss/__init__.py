@@ -1,15 +1,20 @@
-"""MiSS, Matrix Shard Sharing (arXiv 2409.15371): adapt any PyTorch model with one trainable matrix per linear layer."""
+"""MiSS, Matrix Shard Sharing (arXiv 2409.15371): adapt any PyTorch model with one matrix per layer."""
 
 from miss import interop
-from miss.adapter import Summary, adapted_modules, adapter_parameters, disabled, summary, verify
+from miss.adapters import adapted_modules, adapter_parameters, disabled
 from miss.checkpoint import adapter_state_dict, combine, load, load_adapter_state_dict, save
 from miss.errors import CheckpointError, MissError, ShapeError, StateError, TargetError
 from miss.inject import eject, inject
-from miss.linear import MiSSeLinear, MiSSLinear
+from miss.layers import AdaptedLayer, Host, register
+from miss.layers.linear import MiSSeLinear, MiSSLinear
 from miss.merging import merge, unmerge
+from miss.summary import Summary, summary
+from miss.verify import verify
 
 __all__ = [
+    "AdaptedLayer",
     "CheckpointError",
+    "Host",
     "MiSSLinear",
     "MiSSeLinear",
     "MissError",
@@ -28,6 +33,7 @@ __all__ = [
     "load",
     "load_adapter_state_dict",
     "merge",
+    "register",
     "save",
     "summary",
     "unmerge",

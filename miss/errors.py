@@ -1,21 +1,39 @@
 """The errors that `miss` raises; `except MissError` catches them all.
 
-Each class also derives from the built-in that a caller would expect, so `except ValueError` and the like keep working.
+Each class also derives from the built-in that a caller would expect, so `except ValueError` and the
+like keep working.
 """
 
-__all__ = [
-    "CheckpointError",
-    "MissError",
-    "ShapeError",
-    "StateError",
-    "TargetError",
-    "explain",
-    "is_merged",
-]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError"]
+__all__ += ["at", "is_merged", "named", "no_adapter"]
 
 
 class MissError(Exception):
-    """Base class of every error of this package."""
+    """Base class of every error of this package.
+
+    Its text has up to four lines: the place and the rule, what was expected, what was found, what
+    to do. Code that finds a fault gives the last three; `at` adds the place.
+    """
+
+    def __init__(
+        self, rule: str, *, expected: object = None, actual: object = None, do: str = ""
+    ) -> None:
+        super().__init__(rule)
+        self.rule, self.expected, self.actual, self.do = rule, expected, actual, do
+        self.where = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.rule}" if self.where else self.rule]
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.actual is not None:
+            lines.append(f"  actual:   {self.actual}")
+        if self.do:
+            lines.append(f"  do:       {self.do}")
+        return "\n".join(lines)
 
 
 class ShapeError(MissError, ValueError):
@@ -34,20 +52,35 @@ class CheckpointError(MissError, ValueError):
     """An adapter file or state dict that is damaged or does not fit the model."""
 
 
-def explain(
-    where: str, rule: str, *, expected: object = None, actual: object = None, do: str = ""
-) -> str:
-    """The one shape of our messages: where, the rule, expected against actual, what to do."""
-    lines = [f"{where}: {rule}"]
-    if expected is not None:
-        lines.append(f"  expected: {expected}")
-    if actual is not None:
-        lines.append(f"  actual:   {actual}")
-    if do:
-        lines.append(f"  do:       {do}")
-    return "\n".join(lines)
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Give an error that leaves this context its place: a module, a file or a function.
+
+    The innermost place stays.
+
+    >>> with at("encoder.0"):
+    ...     raise ShapeError("rank must be positive", actual=0)
+    Traceback (most recent call last):
+    miss.errors.ShapeError: encoder.0: rank must be positive
+      actual:   0
+    """
+    try:
+        yield
+    except MissError as error:
+        error.where = error.where or where
+        raise
 
 
-def is_merged(where: str, why: str) -> StateError:
-    """The error of what cannot be done while ``where`` is merged."""
-    return StateError(explain(where, f"is merged: {why}", do="miss.unmerge(model) first"))
+def named(name: str) -> str:
+    """The name of a module as messages and tables show it; that of the root is empty."""
+    return name or "(model)"
+
+
+def is_merged(why: str) -> StateError:
+    """The error of what a merged layer cannot do."""
+    return StateError(f"is merged: {why}", do="miss.unmerge(model) first")
+
+
+def no_adapter() -> StateError:
+    """The error of a verb that needs adapters, on a model without one."""
+    return StateError("the model has no adapter", do="miss.inject(model, targets) first")

@@ -13,38 +13,25 @@ One letter per axis, here and everywhere:
 =====  ==========================================================================
 
 Every function is made of differentiable torch operations, so all of them work under autograd (twice), ``torch.func``,
-``torch.compile`` and tensor subclasses. Those whose names end in ``_``, for the fast path, write to their first argument.
+``torch.compile`` and tensor subclasses.
 """
 
 import math
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-__all__ = [
-    "add_blocks_",
-    "add_shards_",
-    "block_factor",
-    "block_mean",
-    "block_reduce",
-    "block_sum",
-    "cycle_rows",
-]
-__all__ += [
-    "expand_blocks",
-    "expand_shards",
-    "is_dtensor",
-    "miss_factors",
-    "miss_linear",
-    "misse_factors",
-    "misse_linear",
-]
-__all__ += ["scaled", "shard_sum"]
+from miss.tensors import is_dtensor
+
+__all__ = ["Product", "add_miss", "add_misse", "block_factor", "block_mean", "block_reduce"]
+__all__ += ["block_sum", "cycle_rows", "expand_blocks", "expand_shards", "scaled", "shard_runs"]
+__all__ += ["shard_sum"]
+
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 # Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
 _CHUNK = 1 << 18
@@ -110,22 +97,6 @@ def block_factor(in_features: int, rank: int, dtype: torch.dtype) -> float:
     return float(-(-in_features // rank)) if dtype == torch.float16 else 1.0
 
 
-def add_blocks_(x: Tensor, s: Tensor) -> Tensor:
-    """``x[..., c] += s[..., c mod r]`` in place, for a contiguous ``x``: the transpose of `block_sum`; returns ``x``.
-
-    >>> add_blocks_(torch.zeros(5), torch.tensor([1.0, 2.0]))
-    tensor([1., 2., 1., 2., 1.])
-    """
-    blocks, rest = divmod(x.shape[-1], s.shape[-1])
-    whole = x[..., : x.shape[-1] - rest] if rest else x
-    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(
-        s.unsqueeze(-2)
-    )  # a view, or an error: einops might copy
-    if rest:
-        x[..., -rest:].add_(s[..., :rest])
-    return x
-
-
 def expand_blocks(d: Tensor, in_features: int) -> Tensor:
     """The dense delta of MiSSe at scale 1: column ``c`` is ``d[:, c mod r]`` (Eq. 6).
 
@@ -158,8 +129,8 @@ def expand_shards(d: Tensor, out_features: int) -> Tensor:
     >>> expand_shards(torch.tensor([[1], [2]]), out_features=5).flatten()
     tensor([1, 1, 1, 2, 2])
     """
-    runs = _shard_runs(out_features, d.shape[0])
-    return torch.cat([repeat(d[run], "n i -> (n s) i", s=size) for run, _, size in runs])
+    runs = shard_runs(out_features, d.shape[0])
+    return torch.cat([repeat(d[run], "n ... -> (n s) ...", s=size) for run, _, size in runs])
 
 
 def shard_sum(y: Tensor, shards: int) -> Tensor:
@@ -168,22 +139,11 @@ def shard_sum(y: Tensor, shards: int) -> Tensor:
     >>> shard_sum(torch.arange(5.0), shards=2)  # 0 + 1 + 2, 3 + 4
     tensor([3., 7.])
     """
-    runs = _shard_runs(y.shape[-1], shards)
+    runs = shard_runs(y.shape[-1], shards)
     # `narrow`, as a slice of everything is an alias, which batched gradients (`torch.autograd.grad(is_grads_batched=True)`) lack
     parts = [(y.narrow(-1, rows.start, rows.stop - rows.start), size) for _, rows, size in runs]
     sums = [reduce(part, "... (n s) -> ... n", "sum", s=size) for part, size in parts]
     return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
-
-
-def add_shards_(y: Tensor, z: Tensor) -> Tensor:
-    """Add ``z[..., k]`` to every output of shard ``k`` in place, for a contiguous ``y`` (Eq. 2); returns ``y``.
-
-    >>> add_shards_(torch.zeros(5), torch.tensor([1.0, 2.0]))
-    tensor([1., 1., 1., 2., 2.])
-    """
-    for run, rows, size in _shard_runs(y.shape[-1], z.shape[-1]):
-        y[..., rows].view(*y.shape[:-1], run.stop - run.start, size).add_(z[..., run].unsqueeze(-1))
-    return y
 
 
 def cycle_rows(d: Tensor, out_features: int) -> Tensor:
@@ -207,81 +167,62 @@ def cycle_rows(d: Tensor, out_features: int) -> Tensor:
     )
 
 
-def misse_factors(d: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """MiSSe as a LoRA: ``A`` with ``A[j, c] = 1 if c mod r == j else 0``, and ``B = d``; ``B A`` is ``expand_blocks(d)``.
-
-    Shape:
-        ``(o, r) -> (r, i), (o, r)``; a ``d`` of fewer rows is cycled.
-
-    >>> misse_factors(torch.tensor([[1.0, 2.0]]), in_features=3, out_features=1)[0]
-    tensor([[1., 0., 1.],
-            [0., 1., 0.]])
-    """
-    return expand_blocks(
-        torch.eye(d.shape[1], dtype=d.dtype, device=d.device), in_features
-    ), cycle_rows(d, out_features)
-
-
-def miss_factors(d: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-    """MiSS as a LoRA: ``A = d``, and ``B`` with ``B[o, k] = 1`` where ``o`` lies in shard ``k``; ``B A`` is ``expand_shards(d)``.
-
-    Shape:
-        ``(n, i) -> (n, i), (o, n)``.
-
-    >>> miss_factors(torch.tensor([[1.0], [2.0]]), out_features=3)[1]
-    tensor([[1., 0.],
-            [1., 0.],
-            [0., 1.]])
-    """
-    return d, expand_shards(torch.eye(d.shape[0], dtype=d.dtype, device=d.device), out_features)
-
-
-def misse_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
+def add_misse(
+    x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0, product: Product = F.linear
+) -> Tensor:
     """``y + scale * d S`` with ``S = block_sum(x)``: MiSSe without its dense delta (Eq. 7).
 
     Args:
         x: the input, ``(..., i)``.
-        y: the base layer's output, ``(..., o)``; its dtype is the compute dtype, and that of the result.
-        d: ``(o, r)``, or ``(m, r)`` with fewer rows, which are cycled; in any floating dtype.
+        y: the base layer's output, ``(..., o)``; the result has its dtype, which is the compute
+            dtype.
+        d: ``(o, r)``, in any floating dtype.
         scale: factor of the delta.
+        product: the base layer's own operation without a bias, with ``d`` for its weight.
 
     Shape:
-        ``(..., o)``. Neither ``x`` nor ``y`` is cast: the sum has the dtype of ``x``, and torch's fp32 accumulator where that
-        is half precision; only ``S`` is cast. In fp16, where the sum may overflow, it is a mean and ``d`` takes the factor.
+        ``(..., o)``. Neither ``x`` nor ``y`` is cast: the sum has the dtype of ``x``, and torch's
+        fp32 accumulator where that is half precision; only ``S`` is cast. In fp16, where the sum
+        may overflow, it is a mean and ``d`` takes the factor.
     """
     rank = d.shape[-1]
     if is_dtensor(x):
         blocks = -(-x.shape[-1] // rank)
-        power = (
-            2.0 ** -math.ceil(math.log2(blocks)) if y.dtype == torch.float16 else 1.0
-        )  # exact in fp16, as 1 / blocks is not
-        s, factor = F.linear(x, power * _zero_one(expand_blocks, rank, x)).to(y.dtype), 1 / power
+        half = y.dtype == torch.float16  # a power of two is exact there, as 1 / blocks is not
+        power = 2.0 ** -math.ceil(math.log2(blocks)) if half else 1.0
+        s = F.linear(x, power * _zero_one(expand_blocks, rank, x)).to(y.dtype)
+        factor = 1 / power
     else:
-        s, factor = block_reduce(x, rank, y.dtype), block_factor(x.shape[-1], rank, y.dtype)
-    return y + F.linear(s, cycle_rows(scaled(d, scale * factor, y.dtype), y.shape[-1]))
+        s = block_reduce(x, rank, y.dtype)
+        factor = block_factor(x.shape[-1], rank, y.dtype)
+    return y + product(s, scaled(d, scale * factor, y.dtype))
 
 
-def miss_linear(x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0) -> Tensor:
-    """``y + scale * repeat(d x)``: MiSS without its dense delta (Eq. 3, with the repetition moved behind the product).
+def add_miss(
+    x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0, product: Product = F.linear
+) -> Tensor:
+    """``y + scale * repeat(d x)``: MiSS without its dense delta (Eq. 3, repeated after the product).
 
     Args:
         x: the input, ``(..., i)``.
-        y: the base layer's output, ``(..., o)``; its dtype is the compute dtype, and that of the result.
+        y: the base layer's output, ``(..., o)``; the result has its dtype, which is the compute
+            dtype.
         d: ``(n, i)``, in any floating dtype.
         scale: factor of the delta.
+        product: the base layer's own operation without a bias, with ``d`` for its weight.
 
     Shape:
-        ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to every row of shard ``k``.
+        ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to
+        every row of shard ``k``.
     """
-    z = F.linear(x, scaled(d, scale, y.dtype))
+    z = product(x, scaled(d, scale, y.dtype))
     if is_dtensor(y):
         return y + F.linear(z, _zero_one(expand_shards, d.shape[0], y))
     sums = []
-    for run, rows, size in _shard_runs(y.shape[-1], d.shape[0]):
+    for run, rows, size in shard_runs(y.shape[-1], d.shape[0]):
         shards = rearrange(y[..., rows], "... (n s) -> ... n s", s=size)
-        sums.append(
-            rearrange(shards + rearrange(z[..., run], "... n -> ... n 1"), "... n s -> ... (n s)")
-        )
+        both = shards + rearrange(z[..., run], "... n -> ... n 1")
+        sums.append(rearrange(both, "... n s -> ... (n s)"))
     return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
 
 
@@ -297,18 +238,13 @@ def _reduce(blocks: Tensor, rank: int, how: str) -> Tensor:
     return reduce(blocks, "... (g r) -> ... r", how, g=blocks.shape[-1] // rank, r=rank)
 
 
-def _shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]:
+def shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]:
     """The runs of equal shards, larger first: ``(which shards, which outputs, outputs per shard)``."""
     out_features, shards = int(out_features), int(shards)  # torch.jit.trace gives tensors
     size, larger = out_features // shards, out_features % shards
     cut = larger * (size + 1)
     equal = (slice(larger, shards), slice(cut, out_features), size)
     return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]
-
-
-def is_dtensor(x: Tensor) -> bool:
-    """Whether ``x`` is a DTensor; where their module was never loaded, which is costly, there is none."""
-    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:

@@ -1,51 +1,40 @@
-"""The fast path of the two layers: base and delta in one node of the graph, which adds in place and keeps little.
+"""The fast path of linear layers: base and delta in one node of the graph, which adds in place and keeps little.
 
-`misse_linear` and `miss_linear` of `miss.functional` are the truth: they work on everything, and this path is tested equal to
+`add_misse` and `add_miss` of `miss.functional` are the truth: they work on everything, and this path is tested equal to
 them. Here the delta is added to the base's output where that stands, and the adapter's part of the gradient of the input to
 the base's, so that nothing of their width is held twice; and of its input MiSSe keeps only the block sums ``S``.
 """
 
 from collections.abc import Callable
-from types import NoneType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from miss.functional import (
-    add_blocks_,
+from miss.functional import add_miss, add_misse, block_factor, block_reduce, scaled, shard_sum
+from miss.gradients import (
+    adapter_grad,
     add_shards_,
-    block_factor,
-    block_reduce,
-    cycle_rows,
-    expand_blocks,
-    scaled,
-    shard_sum,
+    miss_input_grad,
+    misse_input_grad,
+    rows_of,
+    times,
+    transformed,
+    watched,
 )
-from miss.functional import miss_linear as plain_miss
-from miss.functional import misse_linear as plain_misse
+from miss.tensors import is_ordinary
 
 __all__ = ["fits", "miss_linear", "misse_linear"]
-
-_PLAIN = (Tensor, nn.Parameter)
-_PLAIN_OR_NONE = (*_PLAIN, NoneType)
-# Whether a transform of torch.func is at work, and how many dispatch modes (selective checkpointing, tracers, counters) look on.
-# torch has no public names for these; where they are missing, the answer is yes.
-_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_watched = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
     """Whether the fast path applies: ordinary dense tensors that meet in one real dtype, a frozen weight, ordinary execution."""
-    if torch.compiler.is_compiling() or _transformed() or _watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or transformed() or watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if not (
-        type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and type(d) in _PLAIN
-        and type(bias) in _PLAIN_OR_NONE
-    ):
+    if not (is_ordinary(x) and is_ordinary(weight) and is_ordinary(d)):
+        return False
+    if not (bias is None or is_ordinary(bias)):
         return False
     if weight.requires_grad or not x.layout == weight.layout == torch.strided or not weight.numel():
         return False
@@ -63,7 +52,7 @@ def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scal
     Args:
         x: the input, ``(..., i)``.
         weight, bias: the base layer's, ``(o, i)`` and ``(o)``.
-        d: ``(o, r)``, or ``(m, r)`` with fewer rows, which are cycled.
+        d: ``(o, r)``.
         scale: factor of the delta.
 
     Shape:
@@ -73,7 +62,7 @@ def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scal
     >>> misse_linear(x, weight, None, d, scale=0.5)  # S = (2, 2)
     tensor([[2.]])
     """
-    args = x, *_autocast(weight, bias), cycle_rows(d, len(weight)), scale
+    args = x, *_autocast(weight, bias), d, scale
     y: Tensor = _MiSSe.apply(*args)[0] if torch.is_grad_enabled() else _misse(*args)[0]  # type: ignore[no-untyped-call]
     return y
 
@@ -93,9 +82,9 @@ def _misse(
     s = _block_reduce(x, d.shape[1], y.dtype)
     factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype)
     if _few(x, d, y.dtype):
-        y.add_(F.linear(_times(s.to(d.dtype), factor), d))
+        y.add_(F.linear(times(s.to(d.dtype), factor), d))
     else:
-        y.view(-1, y.shape[-1]).addmm_(_rows(s), scaled(d, factor, y.dtype).t())
+        y.view(-1, y.shape[-1]).addmm_(rows_of(s), scaled(d, factor, y.dtype).t())
     return y, s
 
 
@@ -115,9 +104,7 @@ def _miss(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: floa
     few = _few(x, d, y.dtype)
     return add_shards_(
         y,
-        _times(F.linear(x.to(d.dtype), d), scale)
-        if few
-        else F.linear(x, scaled(d, scale, y.dtype)),
+        times(F.linear(x.to(d.dtype), d), scale) if few else F.linear(x, scaled(d, scale, y.dtype)),
     )
 
 
@@ -141,15 +128,15 @@ class _MiSSe(torch.autograd.Function):
         if dy is None:
             dy = s.new_zeros(*s.shape[:-1], ctx.rows)
         need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
-        dx = _misse_input_grad(dy, ds, weight, d, ctx.scale, ctx.factor) if need_x else None
-        dbias = _rows(dy).sum(0) if need_bias else None
-        dd = _adapter_grad(dy, s, ctx.scale * ctx.factor, ctx.dtype) if need_d else None
+        dx = misse_input_grad(dy, ds, weight, d, ctx.scale, ctx.factor) if need_x else None
+        dbias = rows_of(dy).sum(0) if need_bias else None
+        dd = adapter_grad(dy, s, ctx.scale * ctx.factor, ctx.dtype) if need_d else None
         return dx, None, dbias, dd, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         x, _, d = ctx.saved_tensors
-        y_t = _tangent(plain_misse, ctx, *tangents)
+        y_t = _tangent(add_misse, ctx, *tangents)
         return y_t, block_reduce(
             torch.zeros_like(x) if tangents[0] is None else tangents[0], d.shape[1], y_t.dtype
         )
@@ -172,14 +159,14 @@ class _MiSS(torch.autograd.Function):
         weight, d, x = ctx.saved_tensors
         need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
         dz = shard_sum(dy, ctx.rows)
-        dx = _miss_input_grad(dy, dz, weight, scaled(d, ctx.scale, dy.dtype)) if need_x else None
-        dbias = _rows(dy).sum(0) if need_bias else None
-        dd = _adapter_grad(dz, x, ctx.scale, ctx.dtype) if need_d else None
+        dx = miss_input_grad(dy, dz, weight, scaled(d, ctx.scale, dy.dtype)) if need_x else None
+        dbias = rows_of(dy).sum(0) if need_bias else None
+        dd = adapter_grad(dz, x, ctx.scale, ctx.dtype) if need_d else None
         return dx, None, dbias, dd, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _tangent(plain_miss, ctx, *tangents)
+        return _tangent(add_miss, ctx, *tangents)
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Tensor) -> None:
@@ -211,75 +198,6 @@ def _tangent(
     return first + plain(x, F.linear(_cast(x, weight.dtype), weight_t), d_t, ctx.scale)
 
 
-def _misse_input_grad(
-    dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float
-) -> Tensor:
-    """``dy (weight + expand_blocks(scale * d))``, and what comes by ``S``, which is the block sum over ``factor``."""
-    d = scaled(d, scale, dy.dtype)
-    if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
-        return _input_grad_by_tiles(dy, weight, d, rows)
-    part = dy @ d if ds is None else dy @ d + _times(ds, 1 / factor)
-    dx = dy @ weight
-    return (
-        add_blocks_(dx, part)
-        if ds is None and _in_place()
-        else dx + expand_blocks(part, dx.shape[-1])
-    )
-
-
-def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
-    """The same with the sum ``weight + expand_blocks(d)`` built, some rows at a time: less work than ``dy d`` for many tokens."""
-    dx, dy = dy.new_empty(*dy.shape[:-1], weight.shape[1]), _rows(dy)
-    tile = weight.new_empty(rows, weight.shape[1])
-    for start in range(0, len(weight), rows):
-        some = start, min(rows, len(weight) - start)
-        both = add_blocks_(tile[: some[1]].copy_(weight.narrow(0, *some)), d.narrow(0, *some))
-        dx.view(-1, dx.shape[-1]).addmm_(dy.narrow(1, *some), both, beta=1 if start else 0)
-    return dx
-
-
-def _tile_rows(dy: Tensor, weight: Tensor, d: Tensor) -> int:
-    """How many rows of the weight make a tile; 0 where tiles do not pay, or would round D to half precision.
-
-    A tile and ``S`` take at most a twelfth of what the base's output and gradient take; products of fewer than 192 rows lose
-    their speed. Measured on CPUs, and for them only.
-    """
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-        return 0
-    o, i = weight.shape
-    rows = dy.numel() // o * ((i + o) // 12 - d.shape[1]) // i
-    return min(rows, 512, o) if rows >= 192 else 0
-
-
-def _miss_input_grad(dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor:
-    """``dy (weight + expand_shards(d))``, with ``dz = shard_sum(dy)``."""
-    dx = dy @ weight
-    if not _in_place() or dx.dtype != d.dtype:  # in a backward under autocast
-        return dx + dz @ d
-    dx.view(-1, dx.shape[-1]).addmm_(_rows(dz), d)
-    return dx
-
-
-def _adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """``factor * dy^T s``, in the dtype of D; where that is another, a part at a time, which takes less memory."""
-    dy, s = _rows(dy), _rows(s)
-    if dy.dtype == dtype or not _in_place():
-        return scaled(dy.t() @ s, factor, dtype)
-    dd = dy.new_empty(dy.shape[1], s.shape[1], dtype=dtype)
-    narrow, wide, out = (s, dy, dd.t()) if len(dd) > dd.shape[1] else (dy, s, dd)
-    for start in range(0, out.shape[1], 512):
-        part = 1, start, min(512, out.shape[1] - start)
-        product = narrow.t() @ wide.narrow(*part)
-        out.narrow(*part).copy_(product if factor == 1 else scaled(product, factor, dtype))
-        del product  # before the next one is made
-    return dd
-
-
-def _in_place() -> bool:
-    """Whether a backward may write in place: it is not to be differentiated itself, transformed, or watched."""
-    return not torch.is_grad_enabled() and not _transformed() and not _watched()
-
-
 def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
     """Whether D is wider than ``dtype``, and it is cheaper to widen what is multiplied by it: rows by the eighth of its rank."""
     return (
@@ -308,11 +226,3 @@ def _autocast(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | Non
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x * factor

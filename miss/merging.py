@@ -2,190 +2,225 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from miss.adaptable import ADAPTER_DTYPES, unwritable
-from miss.adapted import AdaptedLinear
-from miss.errors import StateError, explain, is_merged
-from miss.functional import cycle_rows, expand_blocks, expand_shards
-from miss.targets import instances, joined
+from miss.errors import StateError, at, is_merged, named
+from miss.forms import LayerConfig
+from miss.layers.base import AdaptedLayer
+from miss.layers.host import base_name, d_name
+from miss.tensors import ADAPTER_DTYPES, Owners, largest, owners, tied_to, unwritable
+from miss.tree import Tree, joined
 
-__all__ = [
-    "bake_",
-    "check_mergeable",
-    "check_restorable",
-    "guard",
-    "merge",
-    "refuse_loading",
-    "restore_",
-    "unmerge",
-]
+__all__ = ["Place", "bake_", "check_mergeable", "check_restorable", "guard", "merge", "places"]
+__all__ += ["refuse_loading", "restore_", "unmerge"]
 
 _BLOCK = 1 << 17  # elements of a weight that are merged at a time: they stay in a core's cache
 
 
-def merge(model: nn.Module) -> dict[str, float]:
-    """Add each adapter's delta to its weight, in place: ``W = W0 + delta_weight()``, after which `forward` is a plain linear.
+class Place(NamedTuple):
+    """An adapted Parameter: its layer's name and its own, the layer, the settings."""
 
-    The sum is made in fp32 or wider and rounded once to the weight's dtype. Each layer keeps a copy of its base weight, so a
-    merged model takes twice the memory of its adapted weights; ``eject(model, merge=True)`` keeps none. While merged,
-    `state_dict` holds the base weight; loading into the model, resetting an adapter, and a forward in training mode with
-    gradients are a `StateError`. Layers that are merged already stay as they are.
+    name: str
+    parameter: str
+    layer: AdaptedLayer
+    config: LayerConfig
+
+    @property
+    def weight(self) -> Tensor:
+        """The Parameter's values."""
+        return self.layer.get_parameter(self.parameter).detach()
+
+    @property
+    def d(self) -> Tensor:
+        """The values of D."""
+        return self.layer.get_parameter(d_name(self.parameter)).detach()
+
+    @property
+    def base(self) -> Tensor | None:
+        """The kept base while merged."""
+        return self.layer._buffers.get(base_name(self.parameter))
+
+
+def places(layers: Mapping[str, AdaptedLayer]) -> dict[str, Place]:
+    """The adapted Parameters, by the name of the layer, or of the Parameter in a layer of several."""
+    found = {}
+    for name, layer in layers.items():
+        for parameter, config in layer.miss_configs.items():
+            alone = len(layer.miss_configs) == 1
+            key = name if alone else joined(name, parameter)
+            found[key] = Place(name, parameter, layer, config)
+    return found
+
+
+def merge(model: nn.Module) -> dict[str, float]:
+    """Add each adapter's delta to its weight, in place: ``W = W0 + delta_weight()``.
+
+    Then `forward` is that of the plain layer. The sum is made in fp32 or wider and rounded once to
+    the weight's dtype. Each layer keeps a copy of its base weight, so a merged model takes twice the
+    memory of its adapted weights; ``eject(model, merge=True)`` keeps none. While merged,
+    `state_dict` is that of the merged plain model: the sums, and no D. Loading into the model,
+    resetting an adapter, and a forward in training mode with gradients are a `StateError`. Layers
+    that are merged already stay as they are.
 
     Args:
-        model: an adapted model, or a part of one; a weight that is shared with something outside of it is not recognised.
+        model: an adapted model, or a part of one; a weight that is shared with something outside of
+            it is not recognised.
 
     Returns:
         For each adapted layer, by name, the relative error that rounding left on its delta:
-        ``|W - W0 - delta| / |delta|`` in the Frobenius norm, 0.0 for a zero delta. In half precision small deltas drown.
+        ``|W - W0 - delta| / |delta|`` in the Frobenius norm, 0.0 for a zero delta. A layer of several
+        D's has the names of its Parameters. In half precision small deltas drown.
 
     Raises:
-        StateError: a weight is tied (the other owner is named), quantised or otherwise not to be written in place; ``miss_D``
-            or the sum is not finite. The model is exactly as it was then.
+        StateError: the model has no adapter; something shards it; a weight is tied (the other owner
+            is named), quantised or otherwise not to be written in place; ``miss_D`` or the sum is not
+            finite. The model is unchanged then.
 
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
     >>> merge(model), model[0].merged
     ({'0': 0.0}, True)
     """
-    layers = instances(model, AdaptedLinear)
-    check_mergeable(model, layers)
-    errors, done = {}, []
-    try:
-        for name, layer in layers.items():
-            if fresh := not layer.merged:
-                with torch.inference_mode(False):
-                    layer.register_buffer(
-                        "miss_base", layer.weight.detach().clone(), persistent=False
-                    )
-                done.append(layer)
-            errors[name] = _add_to_base_(layer, write=fresh)
-    except BaseException:  # out of memory, or interrupted
-        for layer in done:
-            restore_(layer)
-        raise
-    guard(model)
-    return errors
+    with at("merge"):
+        tree = Tree(model)
+        tree.refuse_sharded()
+        found = places(tree.adapters())
+        check_mergeable(tree, found)
+        errors, done = {}, []
+        try:
+            for name, place in found.items():
+                if fresh := place.base is None:
+                    with torch.inference_mode(False):
+                        base = place.weight.clone()
+                        place.layer.register_buffer(base_name(place.parameter), base, False)
+                    done.append(place)
+                errors[name] = _add_to_base_(place, write=fresh)
+        except BaseException:  # out of memory, or interrupted
+            for place in done:
+                restore_(place)
+            raise
+        guard(tree)
+        return errors
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: each base weight is copied back, bit for bit, and the copy is let go. Other layers stay as they are.
+    """Undo `merge`: each base weight is copied back, bit for bit, and the copy is let go.
+
+    Layers that are not merged stay as they are.
 
     Args:
         model: a model, or a part of one.
 
     Raises:
-        StateError: the weight of a merged layer has since been parametrized, pruned, tied, or replaced by one of another shape
-            or dtype. In that case nothing is changed.
+        StateError: something shards the model; the weight of a merged layer has since been
+            parametrized, pruned, tied, or replaced by one of another shape or dtype. In that case
+            nothing is changed.
 
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
     >>> merge(model), unmerge(model), model[0].merged
     ({'0': 0.0}, None, False)
     """
-    layers = instances(model, AdaptedLinear)
-    check_restorable(model, layers)
-    for layer in layers.values():
-        if layer.merged:
-            restore_(layer)
-    guard(model)
+    with at("unmerge"):
+        tree = Tree(model)
+        tree.refuse_sharded()
+        found = places(tree.adapted)
+        check_restorable(tree, found)
+        for place in found.values():
+            if place.base is not None:
+                restore_(place)
+        guard(tree)
 
 
-def check_mergeable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
-    """Raise a `StateError` that names the first of the unmerged layers that cannot be merged, and why."""
-    owners = _owners(model)
-    for name, layer in layers.items():
-        if not layer.merged and (
-            reason := _unfit(layer) or _tied(name, layer.weight, owners) or _not_finite(layer)
-        ):
-            raise StateError(explain(name or type(layer).__name__, f"cannot be merged: {reason}"))
+def check_mergeable(tree: Tree, found: Mapping[str, Place]) -> None:
+    """Raise a `StateError` that names the first place that cannot be merged, and why."""
+    held = _held(tree)
+    for place in found.values():
+        if place.base is None:
+            with at(named(place.name)):
+                reason = _unfit(place) or _tied(place, held) or _not_finite(place)
+                if reason is not None:
+                    raise StateError(f"cannot be merged: {reason}")
 
 
-def check_restorable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
-    """Raise a `StateError` where the base weight of a merged layer cannot be copied back into the one that was merged."""
-    owners = _owners(model)
-    for name, layer in layers.items():
-        if layer.merged and (reason := _unrestorable(layer) or _tied(name, layer.weight, owners)):
-            raise StateError(explain(name or type(layer).__name__, f"cannot be unmerged: {reason}"))
+def check_restorable(tree: Tree, found: Mapping[str, Place]) -> None:
+    """Raise a `StateError` where a base cannot be copied back into what was merged."""
+    held = _held(tree)
+    for place in found.values():
+        if place.base is not None:
+            with at(named(place.name)):
+                if (reason := _unrestorable(place) or _tied(place, held)) is not None:
+                    raise StateError(f"cannot be unmerged: {reason}")
 
 
-def bake_(layer: AdaptedLinear) -> None:
-    """Add the delta to the weight of a layer that has been checked; nothing is kept."""
+def bake_(place: Place) -> None:
+    """Add the delta to a Parameter that has been checked; nothing is kept."""
     with torch.inference_mode(False), torch.no_grad():
-        for rows, delta in _deltas(layer):
-            weight = layer.weight.detach()[rows]
+        for rows, delta in _deltas(place):
+            weight = place.weight[rows]
             torch.add(weight.to(delta.dtype), delta, out=weight)
 
 
-def restore_(layer: AdaptedLinear) -> None:
-    """Copy the base weight back into a merged layer."""
+def restore_(place: Place) -> None:
+    """Copy the base back into a merged Parameter."""
     with torch.inference_mode(False), torch.no_grad():
-        layer.weight.copy_(layer.miss_base)
-    del layer.miss_base
+        place.layer.get_parameter(place.parameter).copy_(
+            place.layer.get_buffer(base_name(place.parameter))
+        )
+    delattr(place.layer, base_name(place.parameter))
 
 
 def refuse_loading(module: nn.Module, *args: Any) -> None:
-    """A hook on each module that is or holds a merged layer, which stops `load_state_dict` before anything is loaded into it.
+    """A hook on what is or holds a merged layer: `load_state_dict` stops before anything is loaded.
 
-    A model of which only a part was given to `merge` is stopped at that part, after what comes before it.
+    A model of which only a part was given to `merge` is stopped at that part, after what comes
+    before it.
     """
-    if _holds_merged(module):
-        raise is_merged(
-            type(module).__name__, "a weight that is loaded now would be lost when it is unmerged"
-        )
+    if any(isinstance(inner, AdaptedLayer) and inner.miss_merged for inner in module.modules()):
+        with at(type(module).__name__):
+            raise is_merged("a weight that is loaded now would be lost when it is unmerged")
 
 
-def guard(model: nn.Module) -> None:
-    """Place `refuse_loading` on each module that is or holds a merged layer, and take it off the others."""
-    for module in model.modules():
+def guard(tree: Tree) -> None:
+    """Place `refuse_loading` on each module that is or holds a merged layer, and take it off others."""
+    holding = tree.holding(layer for layer in tree.adapted.values() if layer.miss_merged)
+    for module in tree.unique:
         hooks = module._load_state_dict_pre_hooks
         ours = [
-            key
-            for key, wrapped in hooks.items()
-            if getattr(wrapped, "hook", None) is refuse_loading
+            key for key, wrapped in hooks.items() if getattr(wrapped, "hook", 0) is refuse_loading
         ]
-        if not _holds_merged(module):
+        if id(module) not in holding:
             for key in ours:
                 del hooks[key]
         elif not ours:
-            module.register_load_state_dict_pre_hook(refuse_loading)  # type: ignore[no-untyped-call]  # torch gives it no types
+            module.register_load_state_dict_pre_hook(refuse_loading)  # type: ignore[no-untyped-call]
 
 
-def _holds_merged(module: nn.Module) -> bool:
-    return any(isinstance(inner, AdaptedLinear) and inner.merged for inner in module.modules())
+def _deltas(place: Place) -> Iterator[tuple[slice, Tensor]]:
+    """The scaled delta in fp32 or wider, some rows at a time: which rows, and their delta."""
+    config, d = place.config, place.d
+    wide = torch.promote_types(torch.promote_types(place.weight.dtype, d.dtype), torch.float32)
+    d = config.form.whole(config.scale * d.to(wide), config)
+    rows = config.shape[0]
+    step = max(1, _BLOCK // max(1, math.prod(config.shape[1:])))
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        yield some, config.form.window(d, config, some)
 
 
-def _deltas(layer: AdaptedLinear) -> Iterator[tuple[slice, Tensor]]:
-    """`delta_weight` in fp32 or wider, some rows at a time: which rows, and their delta."""
-    o, i = layer.out_features, layer.in_features
-    wide = torch.promote_types(
-        torch.promote_types(layer.weight.dtype, layer.miss_D.dtype), torch.float32
-    )
-    d = layer.scale * layer.miss_D.detach().to(wide)
-    numbers = torch.arange(len(d), device=d.device)[:, None]
-    shares_columns = layer.shared_axis == 1
-    source = (cycle_rows if shares_columns else expand_shards)(numbers, o).squeeze(
-        1
-    )  # the row of D for each row of the delta
-    step = max(1, _BLOCK // max(1, i))
-    for start in range(0, o, step):
-        rows = slice(start, start + step)
-        yield rows, expand_blocks(d[source[rows]], i) if shares_columns else d[source[rows]]
-
-
-def _add_to_base_(layer: AdaptedLinear, write: bool) -> float:
-    """Set the weight of a layer, which has kept its base, to the sum, if ``write``; return the relative error of rounding."""
-    weight, base = layer.weight.detach(), layer.miss_base
-    largest = abs(layer.scale) * _largest(layer.miss_D.detach()) if weight.numel() else 0.0
+def _add_to_base_(place: Place, write: bool) -> float:
+    """Set a Parameter, whose base is kept, to the sum, if ``write``; return rounding's relative error."""
+    weight, base = place.weight, place.layer.get_buffer(base_name(place.parameter))
+    size = abs(place.config.scale) * largest(place.d) if weight.numel() else 0.0
     unit = (
-        largest if largest and not 1e-8 < largest < 1e8 else 1.0
+        size if size and not 1e-8 < size < 1e8 else 1.0
     )  # or squares would leave the range of fp32
     lost2 = size2 = 0.0
     with torch.inference_mode(False), torch.no_grad():
-        for rows, delta in _deltas(layer):
+        for rows, delta in _deltas(place):
             before = base[rows].to(delta.dtype)
             if write:
                 torch.add(before, delta, out=weight[rows])
@@ -195,96 +230,68 @@ def _add_to_base_(layer: AdaptedLinear, write: bool) -> float:
     return math.sqrt(lost2 / (size2 or 1.0))
 
 
-def _unrestorable(layer: AdaptedLinear) -> str | None:
-    """Why the base weight cannot be copied back."""
-    weight, base = layer._parameters.get("weight"), layer.miss_base
-    if weight is None:
-        return "its weight is no parameter of its own any more (parametrized, pruned?)"
+def _unrestorable(place: Place) -> str | None:
+    """Why the base cannot be copied back."""
+    base, name = place.base, place.parameter
+    weight = place.layer._parameters.get(name)
+    if weight is None or base is None:
+        return f"its {name} is no parameter of its own any more (parametrized, pruned?)"
     if (weight.shape, weight.dtype) != (base.shape, base.dtype):
-        return f"its weight has been replaced: {tuple(base.shape)} of {base.dtype} by {tuple(weight.shape)} of {weight.dtype}"
+        was, now = (f"{tuple(t.shape)} of {t.dtype}" for t in (base, weight))
+        return f"its {name} has been replaced: {was} by {now}"
     reason = None if base.is_meta and weight.is_meta else unwritable(weight)
-    return reason and f"its weight {reason}"
+    return reason and f"its {name} {reason}"
 
 
-def _unfit(layer: AdaptedLinear) -> str | None:
-    """Why the weight cannot take the delta."""
-    weight, d = layer._parameters.get("weight"), layer.miss_D
-    if weight is None or "miss_D" not in layer._parameters:
-        return f"its {'weight' if weight is None else 'miss_D'} is no parameter of its own any more (parametrized, pruned?)"
-    for name, tensor in (("weight", weight), ("miss_D", d)):
+def _unfit(place: Place) -> str | None:
+    """Why the Parameter cannot take the delta."""
+    name, own = place.parameter, place.layer._parameters
+    weight, d = own.get(name), own.get(d_name(name))
+    if weight is None or d is None:
+        gone = name if weight is None else d_name(name)
+        return f"its {gone} is no parameter of its own any more (parametrized, pruned?)"
+    for key, tensor in ((name, weight), (d_name(name), d)):
         if tensor.dtype not in ADAPTER_DTYPES:
-            return f"its {name} is quantised ({tensor.dtype})"
+            return f"its {key} is quantised ({tensor.dtype})"
         if (reason := unwritable(tensor)) is not None:
-            return f"its {name} {reason}"
-    if weight.shape != (layer.out_features, layer.in_features):
-        return f"its weight has the shape {tuple(weight.shape)} (partitioned?)"
+            return f"its {key} {reason}"
+    for key, tensor, shape in (
+        (name, weight, place.config.shape),
+        (d_name(name), d, place.config.d_shape),
+    ):
+        if tensor.shape != shape:
+            return f"its {key} has the shape {tuple(tensor.shape)}, not {shape} (partitioned? resized?)"
     if weight.device != d.device:
-        return f"its weight is on {weight.device} and miss_D on {d.device}"
+        return f"its {name} is on {weight.device} and {d_name(name)} on {d.device}"
     return None
 
 
-def _not_finite(layer: AdaptedLinear) -> str | None:
-    weight = layer.weight.detach()
+def _not_finite(place: Place) -> str | None:
+    weight = place.weight
     if not weight.numel():
         return None
-    largest = _largest(layer.miss_D.detach())
-    if not math.isfinite(largest):
-        return "miss_D is not finite"
-    bound = _largest(weight) + abs(layer.scale) * largest  # cheap, and nearly always enough
+    size = largest(place.d)
+    if not math.isfinite(size):
+        return f"{d_name(place.parameter)} is not finite"
+    bound = largest(weight) + abs(place.config.scale) * size  # cheap, and nearly always enough
     if bound <= torch.finfo(weight.dtype).max:
         return None
-    if not all(
-        torch.isfinite((weight[rows] + delta).to(weight.dtype)).all()
-        for rows, delta in _deltas(layer)
-    ):
-        return f"the sum of weight and delta is not finite in {weight.dtype}"
+    for rows, delta in _deltas(place):
+        if not torch.isfinite((weight[rows] + delta).to(weight.dtype)).all():
+            return f"the sum of weight and delta is not finite in {weight.dtype}"
     return None
 
 
-def _largest(tensor: Tensor) -> float:
-    low, high = torch.aminmax(tensor)
-    return max(-float(low), float(high))  # both are NaN where one element is
-
-
-def _owners(model: nn.Module) -> dict[tuple[torch.device, int], list[tuple[str, Tensor]]]:
+def _held(tree: Tree) -> Owners:
     """By storage, each tensor that a module of the model holds, with its full name."""
-    owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
-    for name, module in instances(model, nn.Module).items():
-        for key, value in [
-            *module._parameters.items(),
-            *module._buffers.items(),
-            *module.__dict__.items(),
-        ]:
-            if (
-                type(value) in (nn.Parameter, Tensor)
-                and value.layout == torch.strided
-                and not value.is_meta
-            ):
-                storage = value.device, value.untyped_storage().data_ptr()
-                owners.setdefault(storage, []).append((joined(name, key), value))
-    return owners
+    pairs = []
+    for name, module in tree.of_type(nn.Module).items():
+        for held in (module._parameters, module._buffers, module.__dict__):
+            pairs += [(joined(name, key), value) for key, value in held.items()]
+    return owners(pairs)
 
 
-def _tied(
-    name: str, weight: Tensor, owners: dict[tuple[torch.device, int], list[tuple[str, Tensor]]]
-) -> str | None:
-    if weight.is_meta:
-        return None
-    for owner, other in owners[weight.device, weight.untyped_storage().data_ptr()]:
-        if owner != joined(name, "weight") and _overlap(weight, other):
-            return f"its weight is tied to {owner}, which would change too"
-    return None
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage may have an element in common: their ranges of memory meet."""
-    if not a.numel() or not b.numel():
-        return False
-    (start_a, end_a), (start_b, end_b) = _range(a), _range(b)
-    return start_a < end_b and start_b < end_a
-
-
-def _range(tensor: Tensor) -> tuple[int, int]:
-    first = int(tensor.storage_offset())
-    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return first * tensor.itemsize, (last + 1) * tensor.itemsize
+def _tied(place: Place, held: Owners) -> str | None:
+    own = joined(place.name, place.parameter)
+    owner = tied_to(own, place.weight, held)
+    return owner and f"its {place.parameter} is tied to {owner}, which would change too"

@@ -1,215 +1,198 @@
-"""From ``targets`` to modules: which layers of a model a user means. Nothing here changes a model."""
+"""From ``targets`` to modules and Parameters: what of a model a user means. Nothing is changed."""
 
 import difflib
 import fnmatch
 import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
-from miss.errors import TargetError, explain
+from miss.errors import TargetError, at, named
+from miss.layers import looks_linear, parameters_of, path_of
+from miss.tensors import is_lazy
+from miss.tree import Tree, joined
 
-__all__ = [
-    "Selection",
-    "Target",
-    "Targets",
-    "instances",
-    "joined",
-    "resolve",
-    "select",
-    "unwrapped",
-    "walk",
-]
+__all__ = ["Selection", "Site", "Target", "Targets", "modules_of", "select"]
 
 Target: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Iterable[Target]"
-M = TypeVar("M", bound=nn.Module)
 Matcher: TypeAlias = Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
-MOST_NAMES = (
-    1000  # of one module; modules that refer to each other in circles have names without end
-)
+FORMS = "a str, compiled pattern, module type, callable(name, module), or an iterable of these"
+
+
+class Site(NamedTuple):
+    """A Parameter to adapt: the first name of its module, the module, the Parameter's name in it."""
+
+    name: str
+    module: nn.Module
+    parameter: str
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select` found: modules to adapt, by name; layers matched but passed over, with the reason; ``trainable`` modules."""
+    """What `select` found: Parameters to adapt, modules passed over and why, ``trainable`` modules."""
 
-    adapt: list[tuple[str, nn.Linear]]
+    adapt: list[Site]
     skipped: list[tuple[nn.Module, str]]
     trainable: list[nn.Module]
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every ``(name, module)`` of a model, parents first; a module with several names comes once for each, of the first 1,000.
+class Hits(NamedTuple):
+    """What one target matches: modules by id, Parameters as (module id, name), by their full names."""
 
-    Names leave out the wrappers of `torch.compile`, data parallelism and activation checkpointing, recognised by type; a
-    wrapper and what it wraps have the same name.
-    """
-    found: list[tuple[str, nn.Module]] = []
-    _walk(model, "", set(), Counter(), _wrappers(), found)
-    yield from found
-
-
-def instances(model: nn.Module, kind: type[M]) -> dict[str, M]:
-    """The modules of a type, each once, under its first name in the order of `walk`; of a wrapper and its module, the module."""
-    found: dict[int, tuple[str, M]] = {}
-    for name, module in walk(model):
-        if isinstance(module, kind):
-            found.setdefault(id(module), (name, module))
-    return dict(found.values())
-
-
-def joined(name: str, key: str) -> str:
-    """The name of what the module ``name`` holds under ``key``; the model itself is ``""``."""
-    return f"{name}.{key}" if name else key
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers that `walk` leaves out of names."""
-    wrappers = _wrappers()
-    while (key := _wrapped_child(model, wrappers)) is not None:
-        model = getattr(model, key)
-    return model
+    modules: dict[int, nn.Module]
+    parameters: dict[tuple[int, str], str]
+    left: list[str]  # Parameters whose last component is the target, which means modules
 
 
 def select(
-    model: nn.Module,
+    tree: Tree,
     targets: Targets,
-    layers: Mapping[int, str | None],
+    candidates: Mapping[int, str | None],
     *,
     exclude: Targets = (),
     trainable: Targets = (),
 ) -> Selection:
-    """Resolve ``targets`` in ``model``.
+    """Resolve ``targets`` in a model; `miss.inject` says what each form of target matches.
 
     Args:
-        model: the tree to search, itself included under the name ``""``.
-        targets: one target or an iterable of them. A `str` without wildcards matches a whole dotted name or its last
-            components; one with ``*``, ``?`` or ``[`` is a glob over the whole name; ``"all-linear"`` is every `nn.Linear`
-            but the output head and ``trainable``. A compiled pattern must match the whole name. A module type matches its
-            instances, and a callable decides from ``(name, module)``.
-        layers: for each module that looks like a linear layer, by `id`: why it cannot be adapted, or None where it can.
-        exclude, trainable: the same forms; they stand for the modules that they match and all that these contain.
+        tree: the model.
+        targets: one target or an iterable of them.
+        candidates: by id, each module that is of an adaptable type or looks like one: why it cannot
+            be adapted, or None if it can.
+        exclude, trainable: the same forms; a module stands for all that it contains.
 
     Returns:
-        The selection, sorted by name, each module once under its first name.
+        The selection, sorted by name.
 
     Raises:
-        TargetError: a target, ``exclude`` or ``trainable`` is malformed or matches nothing; a plain string matches a layer
-            that cannot be adapted; nothing is left to adapt.
+        TargetError: a target, ``exclude`` or ``trainable`` is malformed or matches nothing; a plain
+            string matches what cannot be adapted; nothing is left to adapt.
     """
-    tree = list(walk(model))
-    head = _output_head(model)
-    trained = _subtrees(tree, trainable, "trainable", head)
-    excluded = _subtrees(tree, exclude, "exclude", head)
-    first = {id(module): name for name, module in reversed(tree)}
-    adapt: dict[int, nn.Linear] = {}
+    trained = modules_of(tree, trainable, "trainable")
+    excluded, excluded_parameters = _excluded(tree, exclude)
+    adapt: dict[tuple[int, str], Site] = {}
     skipped: dict[int, tuple[nn.Module, str]] = {}
     wanted = _listed(targets, "targets")
     if not wanted:
-        raise TargetError(
-            explain(
-                "targets", "must name at least one module", expected=_FORMS, actual=repr(targets)
-            )
-        )
+        with at("targets"):
+            rule = "must name at least one module"
+            raise TargetError(rule, expected=FORMS, actual=repr(targets))
     for target in wanted:
-        matches = _matcher(target, head | set(trained))
-        hits = {id(module): module for name, module in tree if matches(name, module)}
-        refused = {key: reason for key in hits if (reason := layers.get(key)) is not None}
-        usable = {
-            key: module
-            for key, module in hits.items()
-            if isinstance(module, nn.Linear) and key in layers and key not in refused
-        }
+        hits = _hits(tree, target, tree.head | {id(module) for module in trained})
+        refused = {key: why for key in hits.modules if (why := candidates.get(key)) is not None}
         meant = [key for key in refused if key not in excluded]
         if meant and _is_plain(target):
-            where = first[meant[0]] or type(hits[meant[0]]).__name__
-            raise TargetError(explain(where, f"{refused[meant[0]]} (target {target!r})"))
-        if not usable:
-            raise TargetError(_no_match(target, tree, layers, hits, refused))
-        adapt.update((key, module) for key, module in usable.items() if key not in excluded)
-        skipped.update((key, (hits[key], refused[key])) for key in meant)
+            with at(named(tree.first[meant[0]])):
+                raise TargetError(f"{refused[meant[0]]} (target {target!r})")
+        sites = _sites(tree, target, hits, candidates)
+        if not sites:
+            with at(f"target {_shown(target)}"):
+                raise _no_match(target, tree, candidates, hits, refused)
+        for site in sites:
+            key = id(site.module), site.parameter
+            if key[0] not in excluded and key not in excluded_parameters:
+                adapt[key] = site
+        skipped.update((key, (hits.modules[key], refused[key])) for key in meant)
+        if hits.modules and hits.left:
+            text = f"target {target!r} means modules; Parameters of that name are not adapted: "
+            warnings.warn(text + ", ".join(hits.left), UserWarning, stacklevel=3)
     if not adapt:
-        rule = "nothing is left to adapt: exclude covers all that targets match"
-        raise TargetError(
-            explain("exclude", rule, actual=f"targets={targets!r}, exclude={exclude!r}")
-        )
+        with at("exclude"):
+            rule = "nothing is left to adapt: exclude covers all that targets match"
+            raise TargetError(rule, actual=f"targets={targets!r}, exclude={exclude!r}")
     return Selection(
-        adapt=sorted(
-            ((first[key], linear) for key, linear in adapt.items()), key=lambda pair: pair[0]
-        ),
+        adapt=sorted(adapt.values(), key=lambda site: (site.name, site.parameter)),
         skipped=list(skipped.values()),
-        trainable=list(trained.values()),
+        trainable=trained,
     )
 
 
-def resolve(model: nn.Module, targets: Targets, argument: str) -> list[nn.Module]:
-    """The modules that ``targets`` match, in the forms of `select`, and all that these contain.
+def modules_of(tree: Tree, targets: Targets, argument: str) -> list[nn.Module]:
+    """The modules that ``targets`` match, and all that these contain.
 
     Raises:
         TargetError: one is malformed or matches nothing; the message names the ``argument``.
     """
-    return list(_subtrees(list(walk(model)), targets, argument, _output_head(model)).values())
+    tops: list[nn.Module] = []
+    names = [entry.name for entry in tree.entries if entry.name]
+    for target in _listed(targets, argument):
+        hits = _hits(tree, target, tree.head)
+        if not hits.modules:
+            with at(argument):
+                raise _nothing(target, names, f"{_shown(target)} ")
+        tops += hits.modules.values()
+    return list(tree.inside(tops).values())
 
 
-_FORMS = "a str, compiled pattern, module type, callable(name, module), or an iterable of these"
+def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, str]]]:
+    """The modules and the Parameters that ``exclude`` stands for."""
+    tops: list[nn.Module] = []
+    names = [entry.name for entry in tree.entries if entry.name]
+    parameters: set[tuple[int, str]] = set()
+    for target in _listed(exclude, "exclude"):
+        hits = _hits(tree, target, tree.head)
+        if not hits.modules and not hits.parameters:
+            with at("exclude"):
+                if hits.left:
+                    raise _only_parameters(target, hits.left)
+                raise _nothing(target, names, f"{_shown(target)} ")
+        tops += hits.modules.values()
+        parameters |= set(hits.parameters)
+    return set(tree.inside(tops)), parameters
 
 
-def _walk(
-    module: nn.Module,
-    name: str,
-    above: set[int],
-    visits: Counter[int],
-    wrappers: dict[type, str],
-    found: list[tuple[str, nn.Module]],
-) -> None:
-    visits[id(module)] += 1
-    if visits[id(module)] > MOST_NAMES:
-        return
-    found.append(
-        (name, module)
-    )  # a list, as nested generators would pass each module up through every level
-    wrapped = _wrapped_child(module, wrappers)
-    above.add(id(module))
-    for key, child in module._modules.items():
-        if child is not None and id(child) not in above:
-            _walk(
-                child, name if key == wrapped else joined(name, key), above, visits, wrappers, found
-            )
-    above.remove(id(module))
+def _hits(tree: Tree, target: Target, not_linear: set[int]) -> Hits:
+    """What a target matches, adaptable or not. ``not_linear`` is what ``"all-linear"`` leaves out."""
+    matches = _matcher(target, not_linear)
+    modules = {id(e.module): e.module for e in tree.entries if matches(e.name, e.module)}
+    parameters: dict[tuple[int, str], str] = {}
+    left: list[str] = []
+    if isinstance(target, str) and _is_plain(target):
+        for name, module, _ in tree.entries:
+            for key, parameter in module._parameters.items():
+                if not _has_two_axes(parameter):
+                    continue
+                full = joined(name, key)
+                if full == target or ("." in target and full.endswith(f".{target}")):
+                    parameters.setdefault((id(module), _first_key(module, parameter)), full)
+                elif key == target and id(module) not in modules:
+                    left.append(full)
+    return Hits(modules, parameters, left)
 
 
-def _wrappers() -> dict[type, str]:
-    """The transparent wrappers, and the attribute under which each keeps the module that it wraps."""
-    kinds: dict[type, str] = {
-        nn.DataParallel: "module",
-        nn.parallel.DistributedDataParallel: "module",
-    }
-    # Types that are costly to import; where their module was never loaded there is no instance of them.
-    for home, kind, key in (
-        ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-        (
-            "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-            "ActivationWrapper",
-            "_checkpoint_wrapped_module",
-        ),
-    ):
-        if home in sys.modules:
-            kinds[getattr(sys.modules[home], kind)] = key
-    return kinds
+def _sites(
+    tree: Tree, target: Target, hits: Hits, candidates: Mapping[int, str | None]
+) -> list[Site]:
+    """The Parameters to adapt among what a target matches."""
+    sites = []
+    for key, module in hits.modules.items():
+        if candidates.get(key, "") is None:
+            sites += [Site(tree.first[key], module, p) for p in parameters_of(module)]
+    by_id = {id(module): module for module in tree.unique}
+    for (key, parameter), full in hits.parameters.items():
+        module, why = by_id[key], candidates.get(key, "")
+        if why is None and parameter in parameters_of(module):
+            sites.append(Site(tree.first[key], module, parameter))
+            continue
+        with at(full):
+            why = why or f"no host of a {path_of(type(module))} adapts it: see miss.register"
+            raise TargetError(f"is a Parameter that cannot be adapted: {why} (target {target!r})")
+    return sites
 
 
-def _wrapped_child(module: nn.Module, wrappers: dict[type, str]) -> str | None:
-    """The attribute under which a transparent wrapper keeps its module; None for any other module."""
-    if not isinstance(module, tuple(wrappers)):
-        return None
-    return next(key for kind, key in wrappers.items() if isinstance(module, kind))
+def _first_key(module: nn.Module, parameter: Tensor) -> str:
+    """The first name of a Parameter in its module."""
+    return next(key for key, p in module._parameters.items() if p is parameter)
+
+
+def _has_two_axes(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    return parameter is not None and not is_lazy(parameter) and parameter.dim() >= 2
 
 
 def _listed(targets: Targets, argument: str) -> list[Target]:
@@ -218,17 +201,15 @@ def _listed(targets: Targets, argument: str) -> list[Target]:
     if isinstance(targets, Iterable) and not isinstance(targets, str) and not callable(targets):
         items = list(targets)
     for item in items:
-        known = isinstance(item, str) or (
-            isinstance(item, re.Pattern) and isinstance(item.pattern, str)
-        )
+        known = isinstance(item, str)
+        known |= isinstance(item, re.Pattern) and isinstance(item.pattern, str)
         if isinstance(item, type):
             known = issubclass(item, nn.Module)
         elif callable(item):
             known = not isinstance(item, nn.Module)
         if not known:
-            raise TargetError(
-                explain(argument, "unknown form of target", expected=_FORMS, actual=repr(item))
-            )
+            with at(argument):
+                raise TargetError("unknown form of target", expected=FORMS, actual=repr(item))
     return items
 
 
@@ -237,7 +218,7 @@ def _is_plain(target: Target) -> bool:
 
 
 def _matcher(target: Target, not_linear: set[int]) -> Matcher:
-    """``target`` as a test of (name, module). ``not_linear`` is what ``"all-linear"`` leaves out, by id."""
+    """``target`` as a test of (name, module)."""
     if isinstance(target, type):
         return lambda name, module: isinstance(module, target)
     if isinstance(target, re.Pattern):
@@ -245,78 +226,81 @@ def _matcher(target: Target, not_linear: set[int]) -> Matcher:
     if not isinstance(target, str):
         return target
     if target == ALL_LINEAR:
-        return lambda name, module: isinstance(module, nn.Linear) and id(module) not in not_linear
+        return lambda name, module: looks_linear(module) and id(module) not in not_linear
     if _is_plain(target):
         return lambda name, module: name == target or name.endswith(f".{target}")
     return lambda name, module: fnmatch.fnmatchcase(name, target)
 
 
-def _output_head(model: nn.Module) -> set[int]:
-    """The module that ``model.get_output_embeddings()`` names, by id; empty where the model has no such method or head."""
-    ask = getattr(unwrapped(model), "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
-    return {id(head)} if isinstance(head, nn.Module) else set()
-
-
-def _subtrees(
-    tree: list[tuple[str, nn.Module]], targets: Targets, argument: str, not_linear: set[int]
-) -> dict[int, nn.Module]:
-    """The modules that ``exclude`` or ``trainable`` stands for, by id: what it matches and everything inside."""
-    found: dict[int, nn.Module] = {}
-    for target in _listed(targets, argument):
-        matches = _matcher(target, not_linear)
-        hits = [module for name, module in tree if matches(name, module)]
-        if not hits:
-            do = _nearest(target, [name for name, _ in tree if name])
-            raise TargetError(explain(argument, f"{_shown(target)} matches nothing", do=do))
-        found.update((id(inner), inner) for module in hits for inner in module.modules())
-    return found
-
-
 def _no_match(
     target: Target,
-    tree: list[tuple[str, nn.Module]],
-    layers: Mapping[int, str | None],
-    hits: dict[int, nn.Module],
-    refused: dict[int, str],
-) -> str:
-    """Why ``target`` gives no layer to adapt: what it did match, or the names that come nearest."""
-    where, names = (
-        f"target {_shown(target)}",
-        [name for name, module in tree if layers.get(id(module), "") is None],
-    )
+    tree: Tree,
+    candidates: Mapping[int, str | None],
+    hits: Hits,
+    refused: Mapping[int, str],
+) -> TargetError:
+    """Why ``target`` gives nothing to adapt: what it did match, or the names that come nearest."""
+    names = [entry.name for entry in tree.entries if candidates.get(id(entry.module), "") is None]
     if refused:
         key, reason = next(iter(refused.items()))
-        first = next(name for name, module in tree if id(module) == key)
-        return explain(
-            where, f"matches no layer that can be adapted; {first or 'the model'} {reason}"
+        found = f"{named(tree.first[key])} {reason}"
+        return TargetError(f"matches no layer that can be adapted; {found}")
+    if hits.modules:
+        kinds = ", ".join(sorted({type(module).__name__ for module in hits.modules.values()}))
+        held = []
+        for key, module in hits.modules.items():
+            held += [joined(tree.first[key], p) for p in _weights(module)]
+        own = f"; their Parameters are {', '.join(map(repr, held[:5]))}" if held else ""
+        rule = "matches no torch.nn.Linear and no layer of a registered type"
+        do = "miss.register(type, host) makes a type of your own adaptable"
+        return TargetError(rule, expected=_nearest(target, names), actual=kinds + own, do=do)
+    if hits.left:
+        return _only_parameters(target, hits.left)
+    others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]
+    if not names and others:
+        kinds = ", ".join(sorted({type(module).__name__ for module in others}))
+        return TargetError(
+            "matches nothing", actual=f"linear layers that cannot be adapted: {kinds}"
         )
-    if hits:
-        kinds = ", ".join(sorted({type(module).__name__ for module in hits.values()}))
-        return explain(
-            where, "matches no torch.nn.Linear", actual=kinds, do=_nearest(target, names)
-        )
-    others = {type(module).__name__ for _, module in tree if layers.get(id(module)) is not None}
-    actual = (
-        f"linear layers that cannot be adapted: {', '.join(sorted(others))}" if others else None
-    )
-    return explain(where, "matches nothing", actual=actual, do=_nearest(target, names))
+    return _nothing(target, names)
+
+
+def _weights(module: nn.Module) -> list[str]:
+    """The module's own Parameters of two or more axes, by name."""
+    return [key for key, parameter in module._parameters.items() if _has_two_axes(parameter)]
+
+
+def _only_parameters(target: Target, left: list[str]) -> TargetError:
+    """The error of a lone last component that no module has."""
+    longer = dict.fromkeys(".".join(full.split(".")[-2:]) for full in left)
+    rule = "matches no module; it is the last part of the names of Parameters"
+    do = f"write {' or '.join(map(repr, list(longer)[:5]))} to mean the Parameter"
+    return TargetError(rule, actual=", ".join(left[:5]), do=do)
+
+
+def _nothing(target: Target, names: list[str], shown: str = "") -> TargetError:
+    """The error of a target that no name fits; ``shown`` is the target where the place lacks it."""
+    expected = _nearest(target, names) or "a model with a torch.nn.Linear or a registered type"
+    if isinstance(target, str) and set(target) & set("(|\\$"):
+        rule = f"{shown}matches nothing; a string is no regular expression"
+        return TargetError(rule, expected=expected, do=f"re.compile({target!r})")
+    return TargetError(f"{shown}matches nothing", expected=expected)
 
 
 def _shown(target: Target) -> str:
     return target.__name__ if isinstance(target, type) else repr(target)
 
 
-def _nearest(target: Target, names: list[str]) -> str:
-    """A hint for a user who mistyped: the names, or endings of names, that come nearest; else the first few."""
-    if not names:
-        return "the model has no torch.nn.Linear"
+def _nearest(target: Target, names: list[str]) -> str | None:
+    """A hint for a user who mistyped: names, or endings of names, that come nearest; else some."""
     pattern = target.pattern if isinstance(target, re.Pattern) else target
     near: list[str] = []
     if isinstance(pattern, str):
         depth = pattern.count(".") + 1
         endings = [".".join(name.split(".")[-depth:]) for name in names]
-        near = difflib.get_close_matches(pattern, dict.fromkeys(endings + names), n=3)
+        near = difflib.get_close_matches(
+            pattern, dict.fromkeys([ALL_LINEAR, *endings, *names]), n=3
+        )
     if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"names here are {', '.join(map(repr, names[:5]))}"
+        return f"a name in the model: did you mean {' or '.join(map(repr, near))}?"
+    return f"a name in the model, such as {', '.join(map(repr, names[:5]))}" if names else None

@@ -8,13 +8,13 @@ import pathlib
 import types
 
 import miss
-from miss.adapted import AdaptedLinear
-from miss.adapter import LayerSummary
+from miss import AdaptedLayer
+from miss.summary import LayerSummary
 from miss.checkpoint import IncompatibleKeys
 
 SNAPSHOT = pathlib.Path(__file__).parent / "public_api.txt"
 # Beside the names in `__all__`: the base class of the layers, and what public functions return.
-BESIDE = (AdaptedLinear, IncompatibleKeys, LayerSummary)
+BESIDE = (AdaptedLayer, IncompatibleKeys, LayerSummary)
 # Methods that the rest of the package uses, and nobody else should.
 INTERNAL = {
     "adapter_shape",

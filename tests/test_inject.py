@@ -20,7 +20,7 @@ from miss import (
     summary,
     verify,
 )
-from miss.inject import keep_slow_path
+from miss.parents import keep_slow_path
 from tests.models import TOKENS, Decoder, snapshot
 from tests.strategies import FORMS
 

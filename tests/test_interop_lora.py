@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from miss import MiSSLinear, adapted_modules, adapter_parameters, inject, interop, merge, unmerge
-from miss.interop.directory import base_config
+from miss.interop.peft_files import base_config
 from tests.test_inject import perturb
 from tests.test_interop import REAL, Classifier, base_and_targets, output
 

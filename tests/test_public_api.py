@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 import miss
-from miss.adapted import AdaptedLinear
+from miss import AdaptedLayer
 from tests.public_api import SNAPSHOT, public, snapshot
 
 CALLABLES = {
@@ -21,7 +21,7 @@ CALLABLES = {
 CALLABLES = {
     name: value
     for name, value in CALLABLES.items()
-    if value is not AdaptedLinear and not (inspect.isclass(value) and issubclass(value, Exception))
+    if value is not AdaptedLayer and not (inspect.isclass(value) and issubclass(value, Exception))
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from miss import StateError, TargetError, adapted_modules, inject
-from miss.targets import walk
+from miss.tree import Tree
 from tests.models import Decoder
 
 NAMES = sorted(
@@ -196,11 +196,11 @@ def test_wrappers_leave_no_trace_in_names():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model = Decoder()
-    plain = {name for name, _ in walk(model)}
+    plain = {name for name, _ in names_of(model)}
     model.layers[0] = checkpoint_wrapper(model.layers[0])
     model.layers[1].mlp = torch.compile(model.layers[1].mlp, backend="eager")
     wrapped = torch.compile(nn.DataParallel(model), backend="eager")
-    assert {name for name, _ in walk(wrapped)} == plain
+    assert {name for name, _ in names_of(wrapped)} == plain
     inject(wrapped, "all-linear", rank=2)
     assert sorted(adapted_modules(wrapped)) == NAMES
     with pytest.raises(StateError, match=r"layers\.0\.self_attn\.q_proj"):
@@ -210,7 +210,7 @@ def test_wrappers_leave_no_trace_in_names():
 def test_a_user_attribute_that_looks_like_a_wrapper_stays_in_the_name():
     model = nn.Module()
     model.module = nn.Sequential(nn.Linear(2, 2))
-    assert [name for name, _ in walk(model)] == ["", "module", "module.0"]
+    assert [name for name, _ in names_of(model)] == ["", "module", "module.0"]
 
 
 def test_modules_that_all_refer_to_each_other_are_walked_in_bounded_time():
@@ -221,7 +221,7 @@ def test_modules_that_all_refer_to_each_other_are_walked_in_bounded_time():
             if other is not block:
                 setattr(block, f"peer{k}", other)
     model = inject(nn.ModuleList(blocks), "all-linear", rank=2)
-    assert len(list(walk(model))) <= 1000 * 20
+    assert len(list(names_of(model))) <= 1000 * 20
     assert len(adapted_modules(model)) == 9
 
 
@@ -235,4 +235,4 @@ def test_conv1d_is_named_where_all_linear_finds_nothing():
 def test_a_module_that_contains_itself_through_a_child_is_walked_once():
     model = nn.Sequential(nn.Linear(2, 2))
     model._modules["loop"] = model
-    assert [name for name, _ in walk(model)] == ["", "0"]
+    assert [name for name, _ in names_of(model)] == ["", "0"]

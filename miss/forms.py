@@ -1,0 +1,263 @@
+"""The forms of MiSS: how one axis of a weight is shared. And the record of a layer's settings.
+
+A form is a class that is never instantiated. It knows no type of layer: a weight is a Parameter
+with an axis "out" and an axis "in", and D is that Parameter with one of the two axes cut to the
+rank.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from miss import functional
+from miss.errors import ShapeError
+from miss.tensors import ADAPTER_DTYPES
+
+__all__ = ["METHODS", "Form", "LayerConfig", "MiSS", "MiSSe", "MiSSeMini", "check_adapter_dtype"]
+__all__ += ["form_of", "is_real"]
+
+Axes: TypeAlias = tuple[int, int]  # where a Parameter has "out" and where it has "in"
+
+
+class Form(ABC):
+    """How one axis of a weight is shared; everything that differs between the forms is here."""
+
+    name: ClassVar[str]  #: as `inject` takes it, and files hold it
+    prefix: ClassVar[str]  #: of the names of the adapted classes
+    axis: ClassVar[int]  #: the shared axis: 0 is "out", 1 is "in"
+    peft: ClassVar[bool | str | None]  #: PEFT's name for the form, its ``init_weights``, if any
+
+    @staticmethod
+    @abstractmethod
+    def owner(size: int, rank: int) -> Tensor:
+        """For each of ``size`` positions of the shared axis, its place in D; int64, ``(size)``."""
+
+    @staticmethod
+    @abstractmethod
+    def expand(d: Tensor, size: int, axis: int) -> Tensor:
+        """``d`` with its ``axis`` of length rank expanded to ``size``: the dense delta of ``d``."""
+
+    @staticmethod
+    @abstractmethod
+    def add(x: Tensor, y: Tensor, d: Tensor, scale: float, product: functional.Product) -> Tensor:
+        """``y`` and the delta's product with ``x``, without the dense delta; the features are last.
+
+        ``product(x, d)`` is the base layer's operation with ``d`` for its weight and no bias.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The LoRA of an ``(out, in)`` weight: A, ``(r, in)``, and B, ``(out, r)``; ``B A`` is the delta."""
+
+    @classmethod
+    def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:
+        """The shape of D: that of the Parameter, the shared axis cut to the rank."""
+        shape = list(config.shape)
+        shape[config.shared] = config.rank
+        return tuple(shape)
+
+    @classmethod
+    def whole(cls, d: Tensor, config: "LayerConfig") -> Tensor:
+        """``d`` as the other functions take it, with the shared axis alone cut."""
+        return d
+
+    @classmethod
+    def delta(cls, d: Tensor, config: "LayerConfig") -> Tensor:
+        """The dense delta of ``d`` at scale 1, in the shape of the Parameter."""
+        return cls.expand(cls.whole(d, config), config.size, config.shared)
+
+    @classmethod
+    def window(cls, d: Tensor, config: "LayerConfig", rows: slice) -> Tensor:
+        """`delta` at some positions of the Parameter's first axis; ``d`` is `whole`."""
+        if config.shared == 0:
+            return d[cls.owner(config.size, config.rank)[rows].to(d.device)]
+        return cls.expand(d[rows], config.size, config.shared)
+
+    @classmethod
+    def at(cls, d: Tensor, config: "LayerConfig", positions: Tensor) -> Tensor:
+        """`delta` at flat positions of the Parameter."""
+        d = cls.whole(d, config)
+        index = list(torch.unravel_index(positions.to(d.device), config.shape))
+        owner = cls.owner(config.size, config.rank).to(d.device)
+        index[config.shared] = owner[index[config.shared]]
+        return d[tuple(index)]
+
+
+class MiSSe(Form):
+    """Blocks of the input share D: position ``c`` of "in" has the place ``c mod rank`` (Eq. 6)."""
+
+    name, prefix, axis = "misse", "MiSSe", 1
+    peft: ClassVar[bool | str | None] = True
+
+    @staticmethod
+    def owner(size: int, rank: int) -> Tensor:  # noqa: D102  # as in `Form`
+        return torch.arange(size) % rank
+
+    @staticmethod
+    def expand(d: Tensor, size: int, axis: int) -> Tensor:  # noqa: D102
+        return functional.expand_blocks(d.movedim(axis, -1), size).movedim(-1, axis)
+
+    @staticmethod
+    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+        one = torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
+        return functional.expand_blocks(one, size), d
+
+    add = staticmethod(functional.add_misse)
+
+
+class MiSS(Form):
+    """Shards of the output share D: position ``o`` of "out" has the place of its shard (Eq. 2)."""
+
+    name, prefix, axis = "miss", "MiSS", 0
+    peft = None
+
+    @staticmethod
+    def owner(size: int, rank: int) -> Tensor:  # noqa: D102
+        return functional.expand_shards(torch.arange(rank), size)
+
+    @staticmethod
+    def expand(d: Tensor, size: int, axis: int) -> Tensor:  # noqa: D102
+        return functional.expand_shards(d.movedim(axis, 0), size).movedim(0, axis)
+
+    @staticmethod
+    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+        one = torch.eye(d.shape[0], dtype=d.dtype, device=d.device)
+        return d, functional.expand_shards(one, size)
+
+    add = staticmethod(functional.add_miss)
+
+
+class MiSSeMini(MiSSe):
+    """PEFT's mini form: MiSSe whose D has fewer rows, which repeat in turn along "out".
+
+    It is the one form that cuts two axes: its `LayerConfig` has ``rows``.
+    """
+
+    peft = "mini"
+
+    @classmethod
+    def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:  # noqa: D102
+        return (config.rows or config.shape[0], config.rank)
+
+    @classmethod
+    def whole(cls, d: Tensor, config: "LayerConfig") -> Tensor:  # noqa: D102
+        return functional.cycle_rows(d, config.shape[0])
+
+
+METHODS: dict[str, type[Form]] = {form.name: form for form in (MiSSe, MiSS)}
+
+
+def form_of(method: str, rows: int | None = None) -> type[Form]:
+    """The form of a file's or a user's ``method``; the mini form where D has ``rows`` of its own."""
+    return MiSSeMini if method == MiSSe.name and rows is not None else METHODS[method]
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The settings of one adapted Parameter.
+
+    Args:
+        form: how D is shared.
+        rank: the length of D's shared axis, from 1 to that of the Parameter.
+        shape: the Parameter's.
+        axes: where the Parameter has "out" and where it has "in".
+        scale: factor of the delta; finite.
+        dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter in training mode.
+        rows: the rows of D in PEFT's mini form, a divisor of the outputs; else None.
+
+    Raises:
+        ShapeError: a setting is outside its rule.
+    """
+
+    form: type[Form]
+    rank: int
+    shape: tuple[int, ...]
+    axes: Axes = (0, 1)
+    scale: float = 1.0
+    dropout: float = 0.0
+    rows: int | None = None
+    d_shape: tuple[int, ...] = field(init=False)  #: the shape of D
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__  # the only way in a frozen dataclass
+        put(self, "shape", tuple(self.shape))
+        if not is_real(self.scale):
+            rule = "scale must be a number"
+            raise ShapeError(rule, expected="a finite number", actual=f"scale={self.scale!r}")
+        if not is_real(self.dropout) or not 0 <= self.dropout < 1:
+            rule, actual = "dropout must be a probability", f"dropout={self.dropout!r}"
+            raise ShapeError(rule, expected="0 <= dropout < 1", actual=actual)
+        rank, limit = self.rank, self.size
+        if not _is_int(rank) or not 1 <= rank <= limit:
+            features = ("out_features", "in_features")[self.form.axis]
+            rule = f"rank of {self.form.prefix} must be an int from 1 to {features}"
+            out, in_ = (self.shape[axis] for axis in self.axes)
+            sizes = f"in_features={in_}, out_features={out}"
+            actual = f"rank={rank!r}, {sizes}"
+            raise ShapeError(rule, expected=f"1 <= rank <= {limit}", actual=actual)
+        rows = self.rows
+        if rows is not None and (not _is_int(rows) or rows < 1 or self.shape[0] % rows):
+            rule = "rows must divide out_features"
+            raise ShapeError(
+                rule, expected=f"a divisor of {self.shape[0]}", actual=f"rows={rows!r}"
+            )
+        if (rows is not None) != (self.form is MiSSeMini):
+            raise ShapeError(
+                "rows belong to the mini form, and only to it", actual=f"rows={rows!r}"
+            )
+        put(self, "rank", int(rank))
+        put(self, "scale", float(self.scale))
+        put(self, "dropout", float(self.dropout))
+        put(self, "d_shape", self.form.d_shape(self))
+
+    @property
+    def shared(self) -> int:
+        """The shared axis of the Parameter."""
+        return self.axes[self.form.axis]
+
+    @property
+    def size(self) -> int:
+        """The length of the shared axis, a bound on the rank."""
+        return self.shape[self.shared]
+
+    def fields(self) -> dict[str, Any]:
+        """What a file says of the settings; `from_fields` reads it."""
+        fields = {"method": self.form.name, "rank": self.rank, "scale": self.scale}
+        fields |= {"dropout": self.dropout, "shape": list(self.shape)}
+        return fields if self.rows is None else fields | {"rows": self.rows}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], axes: Axes) -> "LayerConfig":
+        """The settings that a file describes; a ShapeError, TypeError or KeyError for anything else."""
+        rest = dict(fields)
+        shape, form = rest.pop("shape"), form_of(rest.pop("method"), rest.get("rows"))
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            raise TypeError("the shape must be a list of ints")
+        if len(shape) <= max(axes):
+            raise TypeError("the shape has too few axes")
+        return cls(form, rest.pop("rank"), tuple(shape), axes, **rest)
+
+
+def check_adapter_dtype(dtype: torch.dtype | None) -> None:
+    """A `ShapeError` unless ``dtype`` is one that D can be trained in, or None."""
+    if dtype is not None and dtype not in ADAPTER_DTYPES:
+        expected = ", ".join(map(str, (None, *ADAPTER_DTYPES)))
+        actual = f"adapter_dtype={dtype!r}"
+        raise ShapeError("adapter_dtype must be trainable", expected=expected, actual=actual)
+
+
+def is_real(value: Any) -> bool:
+    """Whether ``value`` is a finite number, and no bool."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= sys.float_info.max)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,0 +1,125 @@
+"""The gradients of the fast path, and what it writes in place.
+
+Functions whose names end in ``_`` write to their first argument. Each falls back to new tensors
+where a backward is itself differentiated, transformed or watched.
+"""
+
+import torch
+from torch import Tensor
+
+from miss.functional import expand_blocks, scaled, shard_runs
+
+__all__ = ["adapter_grad", "add_blocks_", "add_shards_", "miss_input_grad", "misse_input_grad"]
+__all__ += ["rows_of", "times", "transformed", "watched"]
+
+# Whether a transform of torch.func is at work, and how many dispatch modes look on: selective
+# checkpointing, tracers, counters. torch has no public names for these; if they are missing, the
+# answer is yes.
+transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+watched = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def add_blocks_(x: Tensor, s: Tensor) -> Tensor:
+    """``x[..., c] += s[..., c mod r]`` in place, for a contiguous ``x``: the transpose of `block_sum`; returns ``x``.
+
+    >>> add_blocks_(torch.zeros(5), torch.tensor([1.0, 2.0]))
+    tensor([1., 2., 1., 2., 1.])
+    """
+    blocks, rest = divmod(x.shape[-1], s.shape[-1])
+    whole = x[..., : x.shape[-1] - rest] if rest else x
+    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(
+        s.unsqueeze(-2)
+    )  # a view, or an error: einops might copy
+    if rest:
+        x[..., -rest:].add_(s[..., :rest])
+    return x
+
+
+def add_shards_(y: Tensor, z: Tensor) -> Tensor:
+    """Add ``z[..., k]`` to every output of shard ``k`` in place, for a contiguous ``y`` (Eq. 2); returns ``y``.
+
+    >>> add_shards_(torch.zeros(5), torch.tensor([1.0, 2.0]))
+    tensor([1., 1., 1., 2., 2.])
+    """
+    for run, rows, size in shard_runs(y.shape[-1], z.shape[-1]):
+        y[..., rows].view(*y.shape[:-1], run.stop - run.start, size).add_(z[..., run].unsqueeze(-1))
+    return y
+
+
+def misse_input_grad(
+    dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float
+) -> Tensor:
+    """``dy (weight + expand_blocks(scale * d))``, and what comes by ``S``, which is the block sum over ``factor``."""
+    d = scaled(d, scale, dy.dtype)
+    if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
+        return _input_grad_by_tiles(dy, weight, d, rows)
+    part = dy @ d if ds is None else dy @ d + times(ds, 1 / factor)
+    dx = dy @ weight
+    return (
+        add_blocks_(dx, part)
+        if ds is None and _in_place()
+        else dx + expand_blocks(part, dx.shape[-1])
+    )
+
+
+def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
+    """The same with the sum ``weight + expand_blocks(d)`` built, some rows at a time: less work than ``dy d`` for many tokens."""
+    dx, dy = dy.new_empty(*dy.shape[:-1], weight.shape[1]), rows_of(dy)
+    tile = weight.new_empty(rows, weight.shape[1])
+    for start in range(0, len(weight), rows):
+        some = start, min(rows, len(weight) - start)
+        both = add_blocks_(tile[: some[1]].copy_(weight.narrow(0, *some)), d.narrow(0, *some))
+        dx.view(-1, dx.shape[-1]).addmm_(dy.narrow(1, *some), both, beta=1 if start else 0)
+    return dx
+
+
+def _tile_rows(dy: Tensor, weight: Tensor, d: Tensor) -> int:
+    """How many rows of the weight make a tile; 0 where tiles do not pay, or would round D to half precision.
+
+    A tile and ``S`` take at most a twelfth of what the base's output and gradient take; products of fewer than 192 rows lose
+    their speed. Measured on CPUs, and for them only.
+    """
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return 0
+    o, i = weight.shape
+    rows = dy.numel() // o * ((i + o) // 12 - d.shape[1]) // i
+    return min(rows, 512, o) if rows >= 192 else 0
+
+
+def miss_input_grad(dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor:
+    """``dy (weight + expand_shards(d))``, with ``dz = shard_sum(dy)``."""
+    dx = dy @ weight
+    if not _in_place() or dx.dtype != d.dtype:  # in a backward under autocast
+        return dx + dz @ d
+    dx.view(-1, dx.shape[-1]).addmm_(rows_of(dz), d)
+    return dx
+
+
+def adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """``factor * dy^T s``, in the dtype of D; where that is another, a part at a time, which takes less memory."""
+    dy, s = rows_of(dy), rows_of(s)
+    if dy.dtype == dtype or not _in_place():
+        return scaled(dy.t() @ s, factor, dtype)
+    dd = dy.new_empty(dy.shape[1], s.shape[1], dtype=dtype)
+    narrow, wide, out = (s, dy, dd.t()) if len(dd) > dd.shape[1] else (dy, s, dd)
+    for start in range(0, out.shape[1], 512):
+        part = 1, start, min(512, out.shape[1] - start)
+        product = narrow.t() @ wide.narrow(*part)
+        out.narrow(*part).copy_(product if factor == 1 else scaled(product, factor, dtype))
+        del product  # before the next one is made
+    return dd
+
+
+def _in_place() -> bool:
+    """Whether a backward may write in place: it is not to be differentiated itself, transformed, or watched."""
+    return not torch.is_grad_enabled() and not transformed() and not watched()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` as a matrix, its leading axes made one."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """``x * factor``, or ``x`` itself for a factor of 1."""
+    return x if factor == 1 else x * factor

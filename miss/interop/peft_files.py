@@ -1,0 +1,126 @@
+"""An adapter directory of Hugging Face PEFT (0.21).
+
+It holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from miss import files
+from miss.errors import CheckpointError, StateError, at
+from miss.layers.base import AdaptedLayer
+from miss.layers.linear import LinearHost
+from miss.state import own_adapters
+from miss.tensors import contiguous
+from miss.tree import Tree
+
+__all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "write"]
+
+PREFIX = "base_model.model."  # of every key
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapted(tree: Tree) -> dict[str, AdaptedLayer]:
+    """The adapted layers, or a `StateError` if there is none, or one that PEFT has no key for."""
+    tree.refuse_sharded()
+    tree.adapters()
+    layers = own_adapters(tree)
+    if "" in layers:
+        rule = "a lone layer has no module path, and PEFT needs one"
+        raise StateError(rule, do="wrap it in a module")
+    if (name := aliased(tree, layers)) is not None:
+        with at(name):
+            raise StateError("is held under two names, of which PEFT would adapt the first alone")
+    for name, layer in layers.items():
+        if layer.miss_host is not LinearHost:
+            with at(name):
+                kind = layer.miss_type.__name__
+                rule = f"is a {kind}, of which nothing is known to PEFT; it adapts torch.nn.Linear"
+                raise StateError(rule, do="miss.save writes it")
+    return layers
+
+
+def aliased(tree: Tree, names: Iterable[str]) -> str | None:
+    """The first of the layers ``names`` that the model holds in more than one place; else None."""
+    return next((name for name in names if tree.places[id(tree.modules.get(name))] > 1), None)
+
+
+def base_config(tree: Tree, names: Iterable[str]) -> dict[str, Any]:
+    """What every configuration says of the layers ``names``.
+
+    They are listed by their last components, or whole names, or in a regular expression. PEFT takes
+    a name for the end of others too, so the shortest form is chosen that matches just these layers.
+    """
+    wanted = set(names)
+    targets: list[str] | str = "|".join(map(re.escape, sorted(wanted)))
+    for choice in ({name.rpartition(".")[2] for name in wanted}, wanted):
+        matched = set()
+        for name in tree.of_type(nn.Module):
+            if any(f".{name}".endswith(f".{chosen}") for chosen in choice):
+                matched.add(name)
+        if matched == wanted:
+            targets = sorted(choice)
+            break
+    base = getattr(getattr(tree.root, "config", None), "_name_or_path", None)
+    return {
+        "base_model_name_or_path": base if isinstance(base, str) else None,
+        "bias": "none",
+        "inference_mode": True,
+        "modules_to_save": None,
+        "target_modules": targets,
+        "task_type": None,
+    }
+
+
+def write(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write both files, each atomically, the tensors first; the folder is made if it is missing.
+
+    Raises:
+        CheckpointError: a tensor is not finite, has no elements or is no dense tensor, or a file
+            cannot be written.
+        ImportError: safetensors is absent.
+    """
+    files.check_tensors(tensors)
+    content = files.safetensors_bytes(contiguous(tensors), {"format": "pt"})
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error}") from error
+    text = json.dumps(config, indent=2, sort_keys=True).encode()
+    for name, data in ((WEIGHTS, content), (CONFIG, text)):
+        path = os.path.join(folder, name)
+        with at(path):
+            files.write_bytes(path, data)
+
+
+def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a directory, on the CPU; keys are without `PREFIX`.
+
+    No code in a file is run.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a key lacks the prefix.
+        ImportError: safetensors is absent and needed.
+    """
+    path = os.path.join(folder, CONFIG)
+    with at(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError("is not a JSON object", actual=type(config).__name__)
+    path = os.path.join(folder, WEIGHTS)
+    with at(path):
+        _, tensors = files.read_tensors(path)
+        foreign = [key for key in tensors if not key.startswith(PREFIX)]
+        if foreign:
+            expected = f"{PREFIX}<module path>..."
+            raise CheckpointError(f"key {foreign[0]!r} is not of PEFT", expected=expected)
+    return config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}

@@ -1,0 +1,200 @@
+"""Which layers can be adapted: the registry of layer types, and the classes that adapted layers have."""
+
+import copyreg
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from miss.errors import StateError, TargetError, at
+from miss.forms import METHODS, Form
+from miss.layers.base import AdaptedLayer
+from miss.layers.example import check_example
+from miss.layers.host import Host, base_name, d_name
+from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
+from miss.tensors import is_dtensor
+
+__all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
+__all__ += ["parameters_of", "refusal", "register"]
+
+# The registry: the host of each layer type, and the class of each (type, host, form).
+_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost}
+_CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
+for _class in (MiSSeLinear, MiSSLinear):
+    _CLASSES[nn.Linear, LinearHost, _class.miss_form] = _class
+
+
+def register(
+    layer_type: type[nn.Module], host: type[Host], example: tuple[nn.Module, Any] | None = None
+) -> None:
+    """Make a layer type of your own one that `inject` adapts, where a target matches it.
+
+    Args:
+        layer_type: the exact type; subclasses of it are not meant.
+        host: a subclass of `Host` that says what the type computes.
+        example: a layer and an input of it (or a tuple of arguments). On copies of the layer it is
+            checked for both forms that a zero D leaves the output as it is, bit for bit, and that
+            the adapted layer computes what the plain one does with the delta in its weights.
+
+    Raises:
+        TargetError: ``layer_type`` is no module type, or ``host`` no complete subclass of `Host`.
+        StateError: the type is registered already; type or host cannot be imported by name, which a
+            pickle of the layer needs; or the example does not hold.
+
+    ``docs/how-to/own-layer-type.md`` shows a host and its test.
+    """
+    with at("register"):
+        _check_types(layer_type, host)
+        if example is not None:
+            with at(f"register, example of {layer_type.__name__}"):
+                for form in METHODS.values():
+                    check_example(layer_type, class_of(layer_type, host, form), example)
+    _HOSTS[layer_type] = host
+
+
+def host_of(module: nn.Module) -> type[Host] | None:
+    """The host of a module's exact type; None where there is none."""
+    return module.miss_host if isinstance(module, AdaptedLayer) else _HOSTS.get(type(module))
+
+
+def host_named(path: str) -> type[Host] | None:
+    """The registered host with this import path; None where there is none."""
+    return next((host for host in _HOSTS.values() if path_of(host) == path), None)
+
+
+def path_of(kind: type) -> str:
+    """The import path of a type."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """The Parameters of a module that its host adapts, each once, under its first name."""
+    host, seen, names = host_of(module), set(), []
+    for name in host.axes if host is not None else ():
+        parameter = module._parameters.get(name)
+        if isinstance(parameter, Tensor) and id(parameter) not in seen:
+            seen.add(id(parameter))
+            names.append(name)
+    return names
+
+
+def class_of(layer_type: type[nn.Module], host: type[Host], form: type[Form]) -> type[AdaptedLayer]:
+    """The class of adapted layers of a type, made where there is none yet."""
+    key = layer_type, host, METHODS[form.name]
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(*key)
+    return _CLASSES[key]
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """Whether a user would call ``module`` a linear layer.
+
+    That is an `nn.Linear`, of any subclass, or the `Conv1D` of transformers.
+    """
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    return isinstance(module, (nn.Linear, conv1d))
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module cannot be adapted, and what to do; None if it can, or is adapted already."""
+    host, kind = host_of(module), path_of(type(module))
+    if isinstance(module, AdaptedLayer):
+        return None
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"is a {kind}, which has no shape yet: run the model once, then inject"
+    if nn.utils.parametrize.is_parametrized(module):
+        do = "call torch.nn.utils.parametrize.remove_parametrizations first"
+        return f"is parametrized ({kind}): {do}"
+    if host is None:
+        rule = "only torch.nn.Linear itself and registered types are adapted, as another type may"
+        return f"is a {kind}; {rule} compute something else: see miss.register"
+    parameters = parameters_of(module)
+    if not parameters:
+        missing = " or ".join(map(repr, host.axes))
+        why = "weight_norm, spectral_norm, pruning?"
+        return f"has no parameter {missing} of its own ({why}): remove what replaced it"
+    if "forward" in module.__dict__:
+        why = "which would bypass the adapter (accelerate's hooks?)"
+        return f"has an instance-level forward, {why}: remove it, then inject"
+    if any(is_dtensor(module._parameters[parameter]) for parameter in parameters):
+        return "has a DTensor weight: inject first, then parallelize"
+    ours = {name for name in dir(AdaptedLayer) if name.startswith(("miss_", "_miss_"))}
+    for parameter in parameters:
+        ours |= {d_name(parameter), base_name(parameter)}
+    own = {*module.__dict__, *module._parameters, *module._buffers, *module._modules} & ours
+    if own:
+        return (
+            f"has attributes of its own named {sorted(own)}, which the adapter needs: rename them"
+        )
+    return host.refusal(module)
+
+
+def _check_types(layer_type: Any, host: Any) -> None:
+    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+        raise TargetError("needs a module type", actual=repr(layer_type))
+    if issubclass(layer_type, AdaptedLayer):
+        raise TargetError("an adapted class is no type to adapt", actual=path_of(layer_type))
+    if not (isinstance(host, type) and issubclass(host, Host)) or host is Host:
+        raise TargetError("needs a subclass of miss.Host", actual=repr(host))
+    if host.product is Host.product:
+        raise TargetError(f"{path_of(host)} defines no product(layer, x, d, parameter)")
+    if (
+        not isinstance(host.axes, Mapping)
+        or not host.axes
+        or not all(map(_are_axes, host.axes.values()))
+    ):
+        expected = '{"weight": (0, 1)}: for each Parameter its axes "out" and "in", from 0'
+        raise TargetError(f"{path_of(host)}.axes", expected=expected, actual=repr(host.axes))
+    if layer_type in _HOSTS:
+        actual = path_of(_HOSTS[layer_type])
+        raise StateError(f"{path_of(layer_type)} is registered already", actual=actual)
+    for kind in (layer_type, host):
+        if _imported(path_of(kind)) is not kind:
+            rule = f"{path_of(kind)} cannot be imported by its name, as a pickle of the layer needs"
+            raise StateError(rule, do="define it at the top level of a module")
+
+
+def _are_axes(axes: Any) -> bool:
+    pair = isinstance(axes, tuple) and len(axes) == 2 and axes[0] != axes[1]
+    return pair and all(type(axis) is int and axis >= 0 for axis in axes)
+
+
+def _imported(path: str) -> Any:
+    """What a loaded module holds at an import path; None where there is nothing."""
+    home, _, name = path.rpartition(".")
+    while home and home not in sys.modules:
+        home, _, outer = home.rpartition(".")
+        name = f"{outer}.{name}"
+    found: Any = sys.modules.get(home)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _make_class(
+    layer_type: type[nn.Module], host: type[Host], form: type[Form]
+) -> type[AdaptedLayer]:
+    """The class of adapted layers of a registered type. Its objects pickle as (type, host, form)."""
+    doc = f"{layer_type.__name__}, adapted with {form.prefix}."
+    body = {"miss_form": form, "miss_host": host, "miss_type": layer_type, "__doc__": doc}
+    body |= {"__module__": layer_type.__module__, "__reduce_ex__": _reduce}
+    name = f"{form.prefix}{layer_type.__name__}"
+    meta: Any = type(layer_type)
+    made: type[AdaptedLayer] = meta(name, (AdaptedLayer, layer_type), body)
+    return made
+
+
+def _rebuild(layer_type: type[nn.Module], host: type[Host], form: type[Form]) -> AdaptedLayer:
+    """An empty object of a made class; the process need not have registered the type."""
+    cls = class_of(layer_type, host, form)
+    return cls.__new__(cls)
+
+
+def _reduce(self: AdaptedLayer, protocol: Any) -> Any:
+    """Pickle by the import paths of type, host and form, as no import finds a class that was made."""
+    reduced: Any = super(AdaptedLayer, self).__reduce_ex__(protocol)
+    build, args, *rest = reduced
+    if build is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+        build, args = _rebuild, (self.miss_type, self.miss_host, self.miss_form)
+    return (build, args, *rest)

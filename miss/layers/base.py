@@ -1,0 +1,253 @@
+"""`AdaptedLayer`, what an adapted layer is.
+
+A layer is adapted in place: its class becomes one that has `AdaptedLayer` before the layer's own
+type. The base computes by that type's ``forward``; the mixin adds the delta.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miss.errors import ShapeError, StateError, TargetError, at, is_merged
+from miss.forms import Form, LayerConfig
+from miss.layers import loading
+from miss.layers.host import Depth, Host, base_name, d_name
+
+__all__ = ["AdaptedLayer"]
+
+if TYPE_CHECKING:  # what it is mixed into
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
+
+class AdaptedLayer(_Mixin):
+    """What every adapted layer has; a mixin before the layer's own type.
+
+    It defines names that begin with ``miss_``, ``forward``, and torch's own hooks, so that nothing
+    of the layer is hidden. A layer has one form; each adapted Parameter has a D and a `LayerConfig`.
+
+    Attributes:
+        miss_form: how D is shared.
+        miss_host: what the base layer is.
+        miss_type: the layer's own type, which it has again when it is ejected.
+    """
+
+    miss_form: ClassVar[type[Form]]
+    miss_host: ClassVar[type[Host]]
+    miss_type: ClassVar[type[nn.Module]]
+    _miss_configs: Mapping[str, LayerConfig] = {}
+    _miss_depth: Depth = Depth()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        types = [base for base in cls.__mro__ if issubclass(base, nn.Module)]
+        mixed_in = types[:1] == [cls] and not issubclass(types[1], AdaptedLayer)
+        if mixed_in and hasattr(cls, "reset_parameters"):
+            cls.reset_parameters = _reset_parameters
+
+    @property
+    def miss_configs(self) -> dict[str, LayerConfig]:
+        """The settings of each adapted Parameter, by its name."""
+        return dict(self._miss_configs)
+
+    @property
+    def miss_rank(self) -> int:
+        """The length of D's shared axis, a bound on the rank of the delta."""
+        return self._miss_only().rank
+
+    @property
+    def miss_scale(self) -> float:
+        """The factor of the delta; it can be assigned."""
+        return self._miss_only().scale
+
+    @miss_scale.setter
+    def miss_scale(self, scale: float) -> None:
+        self._miss_change(scale=scale)
+
+    @property
+    def miss_dropout(self) -> float:
+        """The probability of zeroing an input of the adapter in training; it can be assigned."""
+        return self._miss_only().dropout
+
+    @miss_dropout.setter
+    def miss_dropout(self, dropout: float) -> None:
+        self._miss_change(dropout=dropout)
+
+    @property
+    def miss_merged(self) -> bool:
+        """Whether the Parameters hold the sum of base and delta (see `miss.merge`)."""
+        return any(base_name(parameter) in self._buffers for parameter in self._miss_configs)
+
+    def miss_delta_weight(self, parameter: str = "weight") -> Tensor:
+        """``scale * expand(D)``, dense and differentiable: what the adapter adds to a Parameter.
+
+        Args:
+            parameter: its name.
+
+        Shape:
+            That of the Parameter, in the dtype of its D.
+
+        Raises:
+            TargetError: the Parameter is not adapted.
+        """
+        config = self._miss_configs.get(parameter)
+        if config is None:
+            with at(type(self).__name__):
+                expected = ", ".join(self._miss_configs)
+                rule = "the Parameter is not adapted"
+                raise TargetError(rule, expected=expected, actual=repr(parameter))
+        return config.scale * config.form.delta(getattr(self, d_name(parameter)), config)
+
+    def miss_reset_adapter(self) -> None:
+        """Set each D to zero, in place: the layer computes what its base does.
+
+        Raises:
+            StateError: the layer is merged.
+        """
+        if self.miss_merged:
+            with at(type(self).__name__):
+                raise is_merged("a reset would leave the delta in the weight")
+        with torch.no_grad():
+            for parameter in self._miss_configs:
+                getattr(self, d_name(parameter)).zero_()
+
+    def miss_delta(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y``, the base layer's output for the input ``x``, plus the deltas' products with ``x``.
+
+        This is the one place where a delta enters a forward, except on a host's fast path, which
+        steps aside where this method is replaced on an object or in a subclass.
+        """
+        host, last = self.miss_host, self.miss_host.features == -1
+        y = y if last else y.movedim(host.features, -1)
+        for parameter, config in self._miss_configs.items():
+            d = self._miss_fitting(parameter, config)
+            dropping = self.training and config.dropout > 0
+            z = F.dropout(x, config.dropout) if dropping else x
+            product = partial(host.product, self, parameter=parameter)
+            if not last:
+                z, product = z.movedim(host.features, -1), partial(_moved, product, host.features)
+            y = config.form.add(z, y, d, config.scale, product)
+        return y if last else y.movedim(-1, host.features)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output plus the delta's, in the dtype that the base layer gives.
+
+        No weight is changed.
+
+        Raises:
+            StateError: the layer is merged, in training mode, and gradients are on: D would get none.
+            ShapeError: the Parameter or D has been replaced by one of another shape.
+        """
+        if self.miss_merged:
+            if self.training and torch.is_grad_enabled():
+                with at(type(self).__name__):
+                    raise is_merged("a training forward would give miss_D no gradient")
+            if self._miss_depth.count:
+                bases = {p: self.get_buffer(base_name(p)) for p in self._miss_configs}
+                return self.miss_host.with_weights(self, bases, args, kwargs)
+            return super().forward(*args, **kwargs)
+        if self._miss_depth.count:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self._miss_seam_is_ours() and len(args) + len(kwargs) == 1:
+            y = self.miss_host.fast(self, x)
+            if y is not None:
+                return y
+        return self.miss_delta(x, super().forward(*args, **kwargs))
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        texts = [super().extra_repr()]
+        for parameter, config in self._miss_configs.items():
+            texts += [f"{parameter}:"] if len(self._miss_configs) > 1 else []
+            texts.append(f"rank={config.rank}, scale={config.scale}, dropout={config.dropout}")
+        return ", ".join(text for text in texts if text)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As `nn.Module`; a D that ``to_empty`` or a move off meta leaves uninitialised is zero."""
+        names = [d_name(parameter) for parameter in self._miss_configs]
+        was_meta = {name for name in names if getattr(self, name).is_meta}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # The code object: a module with two names is visited twice, and once only comes from meta.
+        emptied = getattr(fn, "__code__", None) in nn.Module.to_empty.__code__.co_consts
+        for name in names:
+            d = getattr(self, name)
+            if (name in was_meta or emptied) and not d.is_meta:
+                with torch.no_grad():
+                    d.zero_()
+        return self
+
+    def _load_from_state_dict(self, state: Any, prefix: str, about: Any, *args: Any) -> None:
+        """As `nn.Module`, after a check of what the state means; see `miss.layers.loading`."""
+        for parameter, config in self._miss_configs.items():
+            own = self._parameters.get(parameter), self._parameters.get(d_name(parameter))
+            keys = prefix + parameter, prefix + d_name(parameter)
+            with at(prefix[:-1] or type(self).__name__):
+                loading.check(config, own, [state.get(key) for key in keys], about.get("miss", {}))
+        super()._load_from_state_dict(state, prefix, about, *args)
+        for parameter in self._miss_configs:
+            weight, d = getattr(self, parameter), getattr(self, d_name(parameter))
+            if d.is_meta and not weight.is_meta:  # a base checkpoint moved the weight off it
+                zeros = torch.zeros_like(d, device=weight.device)
+                setattr(self, d_name(parameter), nn.Parameter(zeros, d.requires_grad))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As `nn.Module`; while merged, as the merged plain layer. The metadata says which."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.miss_merged:
+            for parameter in self._miss_configs:
+                destination.pop(prefix + d_name(parameter), None)
+        if hasattr(destination, "_metadata"):
+            about = loading.metadata(self.miss_form, self.miss_merged)
+            destination._metadata.setdefault(prefix[:-1], {})["miss"] = about
+
+    def _miss_only(self) -> LayerConfig:
+        """The settings, of a layer that has one D."""
+        if len(self._miss_configs) != 1:
+            with at(type(self).__name__):
+                rule = "has several D's, each with settings of its own"
+                raise StateError(rule, do="ask miss_configs, a dict by the Parameter's name")
+        return next(iter(self._miss_configs.values()))
+
+    def _miss_change(self, **settings: Any) -> None:
+        with at(type(self).__name__):
+            changed = replace(self._miss_only(), **settings)
+        self.__dict__["_miss_configs"] = dict.fromkeys(self._miss_configs, changed)
+
+    def _miss_fitting(self, parameter: str, config: LayerConfig) -> Tensor:
+        """The D of a Parameter, after a look at the shapes of both."""
+        d: Tensor = getattr(self, d_name(parameter))
+        sizes = self.miss_host.sizes(self, parameter)
+        if sizes != config.shape or d.shape != config.d_shape:
+            with at(type(self).__name__):
+                rule = f"{parameter} or its D has another shape than when it was adapted"
+                expected, actual = (config.shape, config.d_shape), (sizes, tuple(d.shape))
+                do = "eject before the layer is resized, and inject again after"
+                raise ShapeError(rule, expected=expected, actual=actual, do=do)
+        return d
+
+    def _miss_seam_is_ours(self) -> bool:
+        ours = type(self).miss_delta is AdaptedLayer.miss_delta
+        return ours and "miss_delta" not in self.__dict__
+
+
+def _reset_parameters(self: Any) -> None:
+    """Initialise the layer as its own type does, and each D to zero.
+
+    Raises:
+        StateError: the layer is merged.
+    """
+    self.miss_reset_adapter()
+    super(AdaptedLayer, self).reset_parameters()
+
+
+def _moved(product: Any, features: int, x: Tensor, d: Tensor) -> Tensor:
+    """``product`` between tensors whose features have been moved to the end."""
+    y: Tensor = product(x.movedim(-1, features), d).movedim(features, -1)
+    return y

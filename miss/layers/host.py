@@ -1,0 +1,86 @@
+"""`Host`, what a base layer is, and the names of what an adapter adds to it."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from miss.errors import StateError
+from miss.forms import Axes
+
+__all__ = ["Depth", "Host", "base_name", "d_name"]
+
+
+class Host:
+    """What one type of layer is; subclass it and `register` it to adapt layers of your own.
+
+    A host is never instantiated: its functions take the layer. A form asks it for the axes of the
+    weight, and for the layer's own operation with D in place of the weight.
+
+    Attributes:
+        axes: for each Parameter that can be adapted, by name: its axes "out" and "in".
+        features: the axis of the layer's input, and of its output, that holds the features.
+    """
+
+    axes: ClassVar[Mapping[str, Axes]] = {"weight": (0, 1)}
+    features: ClassVar[int] = -1
+
+    @staticmethod
+    def sizes(layer: Any, parameter: str) -> tuple[int, ...]:
+        """The shape of a Parameter; a host of packed weights takes it from other attributes."""
+        return tuple(getattr(layer, parameter).shape)
+
+    @staticmethod
+    def product(layer: Any, x: Tensor, d: Tensor, parameter: str) -> Tensor:
+        """The layer's operation on ``x`` with ``d`` for the Parameter and no bias.
+
+        Args:
+            layer: the base layer.
+            x: an input of the layer; for MiSSe its "in" features are cut to the rank.
+            d: D, in the layout of the Parameter, one axis cut to the rank.
+            parameter: the name of the Parameter, for a host of several.
+        """
+        raise StateError("a host must define product(layer, x, d, parameter)")
+
+    @staticmethod
+    def fast(layer: Any, x: Tensor) -> Tensor | None:
+        """Base and delta at once, where the host has a faster way that applies; else None."""
+        return None
+
+    @staticmethod
+    def with_weights(layer: Any, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """The base layer's output with other tensors for some Parameters; ``layer`` is unchanged."""
+        other = copy.copy(layer)
+        other._parameters = {**layer._parameters, **weights}
+        return layer.miss_type.forward(other, *args, **kwargs)
+
+    @staticmethod
+    def refusal(layer: nn.Module) -> str | None:
+        """Why this layer cannot be adapted although others of its type can; None if it can."""
+        return None
+
+
+class Depth:
+    """How many `disabled` contexts a layer is in; copies and pickles of it are in none."""
+
+    count: int = 0
+
+    def __reduce__(self) -> tuple[type["Depth"], tuple[()]]:
+        return Depth, ()
+
+
+def d_name(parameter: str) -> str:
+    """The name of the D of a Parameter: ``miss_D`` for ``weight``, else with the Parameter's name.
+
+    The word weight is left out, since initialisers look for it in names.
+
+    >>> d_name("weight"), d_name("in_proj_weight"), d_name("weight_ih_l0"), d_name("down_proj")
+    ('miss_D', 'miss_D_in_proj', 'miss_D_ih_l0', 'miss_D_down_proj')
+    """
+    return "_".join(["miss_D", *(part for part in parameter.split("_") if part != "weight")])
+
+
+def base_name(parameter: str) -> str:
+    """The name of the buffer that keeps the base of a Parameter while merged."""
+    return d_name(parameter).replace("miss_D", "miss_base")

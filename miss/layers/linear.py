@@ -1,0 +1,155 @@
+"""`nn.Linear`: its host, and the two public classes, `MiSSeLinear` and `MiSSLinear`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miss import fused
+from miss.errors import at
+from miss.forms import LayerConfig, MiSS, MiSSe, check_adapter_dtype
+from miss.layers.host import Host
+from miss.layers.names import TorchLayer
+from miss.layers.swap import attach, new_d
+
+__all__ = ["LinearHost", "MiSSLinear", "MiSSeLinear"]
+
+
+class LinearHost(Host):
+    """`nn.Linear`: a weight ``(out, in)``, features last, and a fast path."""
+
+    @staticmethod
+    def product(layer: Any, x: Tensor, d: Tensor, parameter: str) -> Tensor:
+        """``x d^T``."""
+        return F.linear(x, d)
+
+    @staticmethod
+    def fast(layer: Any, x: Tensor) -> Tensor | None:
+        """Base and delta in one node of the graph, where `fused.fits` and no dropout is active."""
+        if x.is_nested:  # what nn.TransformerEncoder passes on in eval mode under a padding mask
+            rows = [layer.forward(row) for row in x.unbind()]
+            return torch.nested.as_nested_tensor(rows, layout=x.layout)
+        config: LayerConfig = layer._miss_configs["weight"]
+        if layer.training and config.dropout:
+            return None
+        weight, bias, d = layer.weight, layer.bias, layer._miss_fitting("weight", config)
+        if not fused.fits(x, weight, bias, d):
+            return None
+        linear = fused.misse_linear if config.form.axis else fused.miss_linear
+        return linear(x, weight, bias, config.form.whole(d, config), config.scale)
+
+    @staticmethod
+    def with_weights(layer: Any, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """As in `Host`, without a second object, which a compiler could not follow."""
+        x = args[0] if args else kwargs["input"]
+        return F.linear(x, weights["weight"], layer.bias)
+
+
+class _AdaptedLinear(TorchLayer, nn.Linear):
+    """What the two classes share."""
+
+    miss_host = LinearHost
+    miss_type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = out_features, in_features
+        with at(type(self).__name__):
+            check_adapter_dtype(adapter_dtype)
+            config = LayerConfig(self.miss_form, rank, shape, scale=scale, dropout=dropout)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.requires_grad_(False)
+        attach(self, "weight", config, new_d(self, "weight", config, adapter_dtype))
+
+
+class MiSSeLinear(_AdaptedLinear):
+    r"""A linear layer whose delta repeats one block of ``rank`` columns along the input.
+
+    This is MiSS\ :sup:`e` (Eq. 4-7).
+
+    .. math:: y = W_0 x + b + \mathrm{scale} \cdot D S, \qquad S_j = \sum_{c \bmod r = j} x_c
+
+    Equivalently column ``c`` of the delta is ``scale * D[:, c mod rank]``; it is never built in
+    `forward`. ``in_features`` need not be a multiple of ``rank``. `MiSSLinear` shares the other
+    dimension: a different operator.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        rank: from 1 to ``in_features``.
+        scale: factor of the delta; finite.
+        dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter (not of the base) in
+            training mode.
+        adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 where that is half
+            precision.
+
+    Shape:
+        - Input: ``(..., in_features)``
+        - Output: ``(..., out_features)``
+
+    Attributes:
+        weight: the base layer's, ``(out_features, in_features)``; the constructor freezes it.
+        bias: the base layer's, ``(out_features)``, or None; the constructor freezes it.
+        miss_D: ``(out_features, rank)``, zero at first; trainable. An adapter in PEFT's mini form has
+            fewer rows, a divisor of ``out_features``: row ``o`` of the delta is then that of
+            ``miss_D[o mod rows]``.
+
+    Raises:
+        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
+
+    >>> import torch
+    >>> layer = MiSSeLinear(10, 3, rank=4)
+    >>> layer(torch.randn(2, 7, 10)).shape, layer.miss_D.shape, layer.delta_weight().shape
+    (torch.Size([2, 7, 3]), torch.Size([3, 4]), torch.Size([3, 10]))
+    """
+
+    miss_form = MiSSe
+
+
+class MiSSLinear(_AdaptedLinear):
+    r"""A linear layer whose delta repeats each of ``rank`` rows along one shard of the output.
+
+    This is MiSS (Eq. 2-3).
+
+    .. math:: y = W_0 x + b + \mathrm{scale} \cdot \mathrm{repeat}(D x)
+
+    Output ``o`` of the delta is ``scale * (D x)[k]`` for the shard ``k`` that ``o`` lies in. The
+    ``rank`` shards are contiguous; their sizes differ by at most one, larger first. `MiSSeLinear`
+    shares the other dimension: a different operator.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        rank: the number of shards, from 1 to ``out_features``.
+        scale, dropout, adapter_dtype: as in `MiSSeLinear`.
+
+    Shape:
+        - Input: ``(..., in_features)``
+        - Output: ``(..., out_features)``
+
+    Attributes:
+        weight: the base layer's, ``(out_features, in_features)``; the constructor freezes it.
+        bias: the base layer's, ``(out_features)``, or None; the constructor freezes it.
+        miss_D: ``(rank, in_features)``, zero at first; trainable.
+
+    Raises:
+        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
+
+    >>> import torch
+    >>> layer = MiSSLinear(10, 3, rank=2)
+    >>> layer(torch.randn(2, 7, 10)).shape, layer.miss_D.shape, layer.delta_weight().shape
+    (torch.Size([2, 7, 3]), torch.Size([2, 10]), torch.Size([3, 10]))
+    """
+
+    miss_form = MiSS

@@ -1,0 +1,92 @@
+"""What a `state_dict` says of an adapted layer, and what is checked when one is loaded."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miss.errors import StateError
+from miss.forms import Form, LayerConfig
+from miss.tensors import is_data, positions, same
+
+__all__ = ["KEY", "about_of", "check", "check_form", "merged_at", "metadata"]
+
+KEY = "miss"  # of a module's entry in `_metadata`
+
+
+def metadata(form: type[Form], merged: bool) -> dict[str, Any]:
+    """What the ``_metadata`` of a state says under ``"miss"``."""
+    return {"form": form.name, "alternate": False, "merged": merged}
+
+
+def about_of(state: Mapping[str, Tensor], key: str) -> dict[str, Any]:
+    """What a state's ``_metadata`` says of the layer of a D; empty where it is unknown."""
+    layers = getattr(state, "_metadata", None) or {}
+    return dict(layers.get(key.rpartition(".")[0], {}).get(KEY, {}))
+
+
+def check_form(form: type[Form], about: Mapping[str, Any]) -> None:
+    """A `StateError` where a D comes from another form than ``form``; what is absent is unknown."""
+    if about.get("form", form.name) != form.name or about.get("alternate", False):
+        expected = metadata(form, False)["form"]
+        raise StateError("D comes from another form", expected=expected, actual=dict(about))
+
+
+def check(
+    config: LayerConfig,
+    own: Sequence[Tensor | None],
+    incoming: Sequence[Any],
+    about: Mapping[str, Any],
+) -> None:
+    """Check what is to be loaded into an adapted Parameter against what is there.
+
+    Args:
+        config: the Parameter's settings.
+        own: its base and its D.
+        incoming: the same of the state; None where the state has no such key.
+        about: the state's metadata of the layer.
+
+    Raises:
+        StateError: the weight is merged, by its mark or by its values, so that the delta would count
+            twice; or D is of another form. A base other than the present one, under a D that is not
+            zero and does not come along, is a warning.
+    """
+    (weight, d), (new, new_d) = own, incoming
+    if new is not None and about.get("merged", False):
+        raise _merged()
+    if new_d is not None:
+        check_form(config.form, about)
+    if weight is None or d is None or new is None:
+        return
+    in_effect = d if new_d is None else new_d
+    comparable = all(isinstance(t, Tensor) and is_data(t) for t in (weight, d, new, in_effect))
+    if not comparable or new.shape != weight.shape or in_effect.shape != config.d_shape:
+        return
+    if weight.shape != config.shape or not in_effect.any():
+        return
+    if merged_at(config, weight, in_effect, new):
+        raise _merged()
+    if new_d is None and not same(new.to(weight.device, weight.dtype), weight):
+        text = "another base weight is loaded under a D that was trained on the present one"
+        warnings.warn(f"{text}; load adapters with miss.load", UserWarning, stacklevel=4)
+
+
+def merged_at(config: LayerConfig, weight: Tensor, d: Tensor, new: Tensor) -> bool:
+    """Whether ``new`` is ``weight`` plus the delta of ``d``, and not ``weight``, at 64 positions."""
+    with torch.no_grad():
+        places = positions(weight.numel()).to(weight.device)
+        index = torch.unravel_index(places, weight.shape)
+        before = weight[index]
+        after = new[tuple(i.to(new.device) for i in index)].to(weight.device, weight.dtype)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, d.dtype), torch.float32)
+        scaled = config.scale * d.to(weight.device, wide)
+        total = (before.to(wide) + config.form.at(scaled, config, places)).to(weight.dtype)
+    return same(after, total) and not same(after, before)
+
+
+def _merged() -> StateError:
+    do = "save adapter_state_dict(model), which works merged or not, or unmerge before state_dict()"
+    rule = "the incoming weight is a merged one, and the adapter would be added to it again"
+    return StateError(rule, do=do)

@@ -1,0 +1,114 @@
+"""Short names on the package's own classes: ``rank`` for ``miss_rank`` and the like."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from miss.errors import StateError, TargetError, at
+from miss.forms import check_adapter_dtype
+from miss.layers.base import AdaptedLayer
+from miss.layers.swap import new_adapter, swap_
+
+__all__ = ["TorchLayer"]
+
+Self = TypeVar("Self", bound="TorchLayer")
+
+
+class ShortName:
+    """A short name of a ``miss_`` attribute; what the object itself has under that name comes first."""
+
+    def __init__(self, settable: bool = False) -> None:
+        self.settable = settable
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+        self.__doc__ = getattr(AdaptedLayer, f"miss_{name}").__doc__
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        for own in (layer.__dict__, layer._parameters, layer._buffers, layer._modules):
+            if self.name in own:
+                return own[self.name]
+        return getattr(layer, f"miss_{self.name}")
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        if self.name in layer.__dict__:
+            layer.__dict__[self.name] = value
+        elif self.settable:
+            setattr(layer, f"miss_{self.name}", value)
+        else:
+            raise AttributeError(f"{self.name} of a {type(layer).__name__} cannot be assigned")
+
+    def __delete__(self, layer: Any) -> None:
+        if self.name not in layer.__dict__:
+            raise AttributeError(f"{self.name} of a {type(layer).__name__} cannot be deleted")
+        del layer.__dict__[self.name]
+
+
+class TorchLayer(AdaptedLayer):
+    """What the package's classes for torch's own layer types have beside ``miss_`` names.
+
+    Where the object itself has an attribute, a Parameter, a buffer or a child of a short name, that
+    name gives it.
+    """
+
+    rank = ShortName()
+    scale = ShortName(settable=True)
+    merged = ShortName()
+    delta_weight = ShortName()
+    reset_adapter = ShortName()
+
+    @classmethod
+    def adopt_(
+        cls: type[Self],
+        layer: nn.Module,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Turn ``layer`` itself into this class: same object, parameters, hooks, flags, and a zero D.
+
+        Args are those of the constructor; no ``requires_grad`` flag is touched. Returns ``layer``.
+
+        Raises:
+            TargetError: ``layer`` is of another type.
+            StateError: it is adapted already, or in a state that would bypass the adapter.
+            ShapeError: a number is outside its rule.
+
+        >>> from miss import MiSSeLinear
+        >>> linear = nn.Linear(6, 4)
+        >>> MiSSeLinear.adopt_(linear, rank=2) is linear
+        True
+        >>> linear
+        MiSSeLinear(in_features=6, out_features=4, bias=True, rank=2, scale=1.0, dropout=0.0)
+        """
+        from miss.layers import refusal
+
+        with at(type(layer).__name__):
+            if isinstance(layer, AdaptedLayer):
+                raise StateError("is adapted already", do="miss.eject(layer) first")
+            if type(layer) is not cls.miss_type:
+                expected = f"{cls.miss_type.__module__}.{cls.miss_type.__qualname__}"
+                rule = f"is not a {expected}" + " itself" * isinstance(layer, cls.miss_type)
+                kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+                raise TargetError(rule, expected=expected, actual=kind)
+            if (reason := refusal(layer)) is not None:
+                raise StateError(reason)
+            check_adapter_dtype(adapter_dtype)
+            for parameter in cls.miss_host.axes:
+                adapter = new_adapter(
+                    layer,
+                    parameter,
+                    cls,
+                    rank,
+                    scale=scale,
+                    dropout=dropout,
+                    adapter_dtype=adapter_dtype,
+                )
+                swap_(adapter)
+        assert isinstance(layer, cls)  # tells the type checker
+        return layer

@@ -1,0 +1,80 @@
+"""The swap of a layer's class, and the way back."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from miss.forms import LayerConfig
+from miss.layers.base import AdaptedLayer
+from miss.layers.host import Depth, base_name, d_name
+
+__all__ = ["Adapter", "attach", "new_adapter", "new_d", "swap_", "swap_back_"]
+
+
+class Adapter(NamedTuple):
+    """The adapter of one Parameter, checked and allocated, for `swap_` to put into its layer."""
+
+    layer: nn.Module
+    parameter: str
+    cls: type[AdaptedLayer]
+    config: LayerConfig
+    d: nn.Parameter
+
+
+def new_adapter(
+    layer: nn.Module,
+    parameter: str,
+    cls: type[AdaptedLayer],
+    rank: int,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    adapter_dtype: torch.dtype | None = None,
+) -> Adapter:
+    """The adapter of a Parameter, with a zero D; ``layer`` is not changed.
+
+    Raises:
+        ShapeError: a number is outside its rule.
+    """
+    host: Any = cls.miss_host
+    axes, shape = host.axes[parameter], host.sizes(layer, parameter)
+    config = LayerConfig(cls.miss_form, rank, shape, axes, scale=scale, dropout=dropout)
+    return Adapter(layer, parameter, cls, config, new_d(layer, parameter, config, adapter_dtype))
+
+
+def new_d(
+    layer: nn.Module, parameter: str, config: LayerConfig, dtype: torch.dtype | None
+) -> nn.Parameter:
+    """A zero D on the device of the Parameter, in ``dtype``, or by default in fp32 or wider."""
+    weight = layer.get_parameter(parameter)
+    wide = weight.dtype if weight.dtype in (torch.float64, torch.float32) else torch.float32
+    with torch.inference_mode(False):
+        zeros = torch.zeros(config.d_shape, device=weight.device, dtype=dtype or wide)
+        return nn.Parameter(zeros)
+
+
+def swap_(adapter: Adapter) -> None:
+    """Adapt a Parameter of a layer; everything has been checked."""
+    layer, parameter, cls, config, d = adapter
+    if not isinstance(layer, AdaptedLayer):
+        layer.__class__ = cls
+    attach(layer, parameter, config, d)
+
+
+def attach(layer: Any, parameter: str, config: LayerConfig, d: nn.Parameter) -> None:
+    """Give an adapted layer the D of a Parameter."""
+    layer.__dict__["_miss_configs"] = {**layer._miss_configs, parameter: config}
+    layer.__dict__.setdefault("_miss_depth", Depth())
+    layer.register_parameter(d_name(parameter), d)
+
+
+def swap_back_(layer: AdaptedLayer) -> None:
+    """Make an adapted layer one of its own type again; each D goes, and no flag is touched."""
+    for parameter in layer.miss_configs:
+        delattr(layer, d_name(parameter))
+        layer._buffers.pop(base_name(parameter), None)
+        layer._non_persistent_buffers_set.discard(base_name(parameter))
+    for name in ("_miss_configs", "_miss_depth"):
+        del layer.__dict__[name]
+    layer.__class__ = layer.miss_type  # type: ignore[assignment]  # the way back of `swap_`

@@ -1,0 +1,71 @@
+"""Modules that read a child's weight, or pass a child by: what is done about each, on and off."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from miss.errors import named
+from miss.tree import Tree
+
+__all__ = ["keep_padding", "keep_slow_path", "place_hooks", "read_weights", "remove_hooks"]
+
+
+def read_weights(tree: Tree) -> dict[int, str]:
+    """By id, each module whose weight its parent reads without a call, and why that matters."""
+    reasons = {}
+    for name, module, _ in tree.entries:
+        if isinstance(module, nn.MultiheadAttention):
+            parent = f"its parent {named(name)!r} ({type(module).__name__})"
+            reasons[id(module.out_proj)] = (
+                f"is read as a weight by {parent} and never called, so that an adapter on it would "
+                "do nothing: exclude it, or use an attention module that calls its projections"
+            )
+    return reasons
+
+
+def place_hooks(tree: Tree) -> None:
+    """Keep torch's encoder layers that hold an adapter on the path that calls their children."""
+    holding = tree.holding(tree.adapted.values())
+    for module in tree.unique:
+        if id(module) not in holding:
+            continue
+        hooks, pre_hooks = module._forward_hooks.values(), module._forward_pre_hooks.values()
+        if isinstance(module, nn.TransformerEncoderLayer) and keep_slow_path not in hooks:
+            module.register_forward_hook(keep_slow_path)
+        if isinstance(module, nn.TransformerEncoder) and keep_padding not in pre_hooks:
+            module.register_forward_pre_hook(keep_padding, with_kwargs=True)
+
+
+def remove_hooks(tree: Tree) -> None:
+    """Take off what `place_hooks` placed."""
+    for module in tree.unique:
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is keep_slow_path:
+                del module._forward_hooks[key]
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is keep_padding:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+def keep_slow_path(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that does nothing; its presence keeps `nn.TransformerEncoderLayer` off its fused path.
+
+    That path reads ``linear1.weight`` and ``linear2.weight`` and never calls the layers.
+    """
+
+
+def keep_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook that keeps `nn.TransformerEncoder` from nested tensors in training.
+
+    In eval mode, under a padding mask, that class looks for a parameter that requires grad, sees
+    that the base is frozen, and passes nested tensors on, for which attention has no gradient. An
+    input that requires grad is the sign that it looks for.
+    """
+    padded = (args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")) is not None
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    if module.training or not padded or not trained or torch.compiler.is_compiling():
+        return None
+    src = args[0] if args else kwargs["src"]
+    src = src if src.requires_grad else src.detach().requires_grad_()
+    return ((src, *args[1:]), kwargs) if args else (args, kwargs | {"src": src})

@@ -1,0 +1,85 @@
+"""What a file says of each adapter, besides its tensor: written, and read with every field checked."""
+
+from typing import Any, NamedTuple
+
+from miss.errors import CheckpointError, MissError, named
+from miss.forms import LayerConfig
+from miss.layers import host_named, path_of
+from miss.layers.host import d_name
+from miss.layers.linear import LinearHost
+from miss.merging import Place
+from miss.tree import joined
+
+__all__ = ["Record", "described", "parse", "record_of"]
+
+
+class Record(NamedTuple):
+    """What a file says of one adapted Parameter: its module, its name there, the host, the settings."""
+
+    module: str
+    parameter: str
+    host: str
+    config: LayerConfig
+
+    @property
+    def key(self) -> str:
+        """The key of its D in a state or file."""
+        return joined(self.module, d_name(self.parameter))
+
+
+def record_of(place: Place) -> Record:
+    """The settings of an adapted Parameter."""
+    return Record(place.name, place.parameter, path_of(place.layer.miss_host), place.config)
+
+
+def described(record: Record) -> dict[str, Any]:
+    """A record as JSON."""
+    module = {"module": record.module, "parameter": record.parameter, "host": record.host}
+    return module | record.config.fields()
+
+
+def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
+    """The description of a file as records, every field of it checked."""
+    adapters, extra = about.get("adapters"), about.get("extra")
+    if about["format"] == 1:
+        modules = about.get("modules")
+        adapters = _of_format_1(modules) if isinstance(modules, dict) else None
+    if not isinstance(adapters, dict) or not adapters:
+        raise CheckpointError("its metadata lists no adapted modules")
+    if not isinstance(extra, list) or not all(isinstance(key, str) for key in extra):
+        raise CheckpointError("its metadata lists no extra tensors")
+    records = {}
+    for key, fields in adapters.items():
+        try:
+            record = _record(dict(fields))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            text = error.actual if isinstance(error, MissError) else None
+            rule = f"metadata of {key!r}: not the settings of an adapter"
+            raise CheckpointError(rule, actual=text) from error
+        if record.key != key:
+            rule = f"metadata of {key!r}: not the settings of an adapter"
+            raise CheckpointError(rule, expected=f"those of {record.key}")
+        records[key] = record
+    return records, set(extra)
+
+
+def _of_format_1(modules: dict[str, Any]) -> dict[str, Any]:
+    """The description of format 1, which knew linear layers alone, in today's words."""
+    linear = {"parameter": "weight", "host": path_of(LinearHost)}
+    adapters = {}
+    for name, fields in modules.items():
+        known = isinstance(fields, dict)
+        adapters[joined(name, "miss_D")] = {"module": name} | linear | fields if known else fields
+    return adapters
+
+
+def _record(fields: dict[str, Any]) -> Record:
+    module, parameter, path = fields.pop("module"), fields.pop("parameter"), fields.pop("host")
+    host = host_named(path)
+    if host is None:
+        rule = f"{named(module)} needs a host that is not registered here"
+        do = "run miss.register for it first"
+        raise CheckpointError(rule, expected=path, do=do)
+    return Record(module, parameter, path, LayerConfig.from_fields(fields, host.axes[parameter]))

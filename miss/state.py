@@ -1,0 +1,179 @@
+"""Tensors of an adapter against the model that they are for: check all of it, then write all of it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from miss import files
+from miss.errors import CheckpointError, StateError, at, is_merged, named
+from miss.forms import METHODS
+from miss.inject import adopt_all_, candidates
+from miss.layers import AdaptedLayer, class_of, host_of, parameters_of, path_of
+from miss.layers.host import base_name, d_name
+from miss.layers.swap import Adapter, new_d
+from miss.merging import places
+from miss.records import Record, record_of
+from miss.tensors import unwritable
+from miss.tree import Tree, joined
+
+__all__ = ["apply_", "check_fit", "check_keys", "copy_", "named_tensors", "own_adapters"]
+__all__ += ["unmerged"]
+
+
+def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
+    """Put adapters and other tensors into a model, injecting if it has no adapter; all or nothing.
+
+    Args:
+        tree: a base model, or one with the same adapters.
+        records: by key, the settings of each D.
+        tensors: by key, each D, which fits its settings, and other parameters and buffers.
+
+    Raises:
+        CheckpointError: what there is does not fit the model.
+        StateError: the model is merged, or a tensor of it cannot be written.
+    """
+    adapted = own_adapters(tree)
+    unmerged(adapted)
+    plan: list[Adapter] = []
+    if adapted:
+        _check_same(records, adapted)
+        slots: dict[str, Tensor] = {record_of(p).key: p.d for p in places(adapted).values()}
+    else:
+        plan = _plan(tree, records, tensors)
+        slots = dict(zip(records, (adapter.d for adapter in plan)))
+    owners = []
+    for name, module in tree.of_type(nn.Module).items():
+        others = {k: tensor for k, tensor in named_tensors(name, module).items() if k in tensors}
+        owners += [module] if others else []
+        slots |= others
+    check_keys([], sorted(set(tensors) - set(slots)))
+    check_fit(tensors, slots)
+    copy_(tensors, slots)
+    if plan:
+        adopt_all_(tree, plan, owners, freeze=True)
+
+
+def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
+    """The adapted layers, or a `StateError` if a D is computed from something else."""
+    adapted = tree.adapted
+    for name, layer in adapted.items():
+        for parameter in layer.miss_configs:
+            if (d := d_name(parameter)) not in layer._parameters:
+                with at(named(name)):
+                    rule = f"its {d} is no parameter of its own any more (pruned, parametrized?)"
+                    raise StateError(rule, do="remove what replaced it")
+    return adapted
+
+
+def unmerged(adapted: Mapping[str, AdaptedLayer]) -> None:
+    """A `StateError` if a layer is merged."""
+    for name, layer in adapted.items():
+        if layer.miss_merged:
+            with at(named(name)):
+                raise is_merged("an adapter that is loaded now would have no effect")
+
+
+def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of one module, without D; the base even while merged."""
+    own = {**module._parameters, **module._buffers}
+    transient = set(module._non_persistent_buffers_set)
+    for parameter in module.miss_configs if isinstance(module, AdaptedLayer) else ():
+        transient.add(d_name(parameter))
+        own[parameter] = own.get(base_name(parameter), own.get(parameter))
+    return {joined(name, k): t for k, t in own.items() if t is not None and k not in transient}
+
+
+def check_keys(missing: list[str], unexpected: list[str], against: str = "the model") -> None:
+    """A `CheckpointError` unless both lists are empty."""
+    counts = []
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            counts.append(f"{len(keys)} {kind}: {', '.join(map(str, keys[:5]))}")
+    if counts:
+        raise CheckpointError(f"the keys are not those of {against}", actual="; ".join(counts))
+
+
+def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
+    """Each tensor against the one that it is to replace or to be added to."""
+    files.check_tensors(tensors)
+    for key, tensor in tensors.items():
+        expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slots[key], tensor))
+        if expected != actual:
+            rule = f"{key} has another shape or dtype"
+            raise CheckpointError(rule, expected=expected, actual=actual)
+
+
+def copy_(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
+    """Write each tensor into its slot, after all have been brought to their devices."""
+    for key in tensors:
+        if (reason := unwritable(slots[key])) is not None:
+            raise StateError(f"{key} of the model {reason}, so that nothing can be loaded into it")
+    first: dict[tuple[torch.device, int], str] = {}
+    for key in tensors:
+        other = first.setdefault((slots[key].device, slots[key].data_ptr()), key)
+        one, two = tensors[other], tensors[key]
+        if other != key and not torch.equal(one.detach().cpu(), two.detach().cpu()):
+            rule = f"{key} and {other} are one tensor in the model, and two that differ here"
+            raise CheckpointError(rule)
+    staged = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for key, tensor in tensors.items():
+            staged[key] = tensor.to(slots[key].device, copy=True)  # a slot may be a source too
+        for key, tensor in staged.items():
+            slots[key].copy_(tensor)
+
+
+def _plan(
+    tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]
+) -> list[Adapter]:
+    """The adapters to inject into a base model, in the order of ``records``, allocated and zero."""
+    reasons = candidates(tree)
+    plan: dict[tuple[int, str], Adapter] = {}
+    for key, (name, parameter, path, config) in records.items():
+        module = tree.modules.get(name)
+        if module is None:
+            raise CheckpointError(f"the model has no module {name!r}")
+        kind = f"is a {path_of(type(module))}"
+        host = host_of(module)
+        reason = reasons.get(id(module), kind)
+        if host is None or reason is not None:
+            rule = f"module {name!r} of the model cannot be adapted: it {reason or kind}"
+            raise CheckpointError(rule)
+        if path_of(host) != path:
+            rule = f"module {name!r} of the model is another kind of layer: it {kind}"
+            raise CheckpointError(rule, expected=path, actual=path_of(host))
+        if parameter not in parameters_of(module):
+            actual = ", ".join(parameters_of(module))
+            raise CheckpointError(f"module {name!r} has no Parameter {parameter!r}", actual=actual)
+        sizes = host.sizes(module, parameter)
+        if sizes != config.shape:
+            rule = f"the {parameter} of module {name!r} has another shape"
+            raise CheckpointError(rule, expected=config.shape, actual=sizes)
+        if (id(module), parameter) in plan:
+            rule = f"two adapters are for one module of the model; the second is {name!r}"
+            raise CheckpointError(rule)
+        cls = class_of(type(module), host, METHODS[config.form.name])
+        d = new_d(module, parameter, config, tensors[key].dtype)
+        plan[id(module), parameter] = Adapter(module, parameter, cls, config, d)
+    forms = {(id(a.layer), a.cls) for a in plan.values()}
+    if len(forms) > len({key for key, _ in forms}):
+        raise CheckpointError("the Parameters of one module are adapted in two forms")
+    return list(plan.values())
+
+
+def _check_same(records: Mapping[str, Record], adapted: Mapping[str, AdaptedLayer]) -> None:
+    """The adapters of a file against those of a model: their keys, and the settings but dropout."""
+    own = {(record := record_of(place)).key: record for place in places(adapted).values()}
+    missing = [key for key in own if key not in records]
+    check_keys(missing, [key for key in records if key not in own])
+    for key, record in records.items():
+        theirs, ours = record.config.fields(), own[key].config.fields()
+        if record.host != own[key].host:
+            rule = f"{key} is for another kind of layer"
+            raise CheckpointError(rule, expected=own[key].host, actual=record.host)
+        for field in ("method", "shape", "rank", "rows", "scale"):
+            if theirs.get(field) != ours.get(field):
+                rule = f"the {field} of {named(record.module)!r} is not the model's"
+                expected, actual = ours.get(field), theirs.get(field)
+                raise CheckpointError(rule, expected=expected, actual=actual)

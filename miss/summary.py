@@ -1,0 +1,144 @@
+"""The table of what is adapted, what is trained, and what was passed over."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from miss.errors import named
+from miss.inject import SKIPPED
+from miss.layers.host import d_name
+from miss.merging import Place, places
+from miss.tensors import numel
+from miss.tree import Tree
+
+__all__ = ["LayerSummary", "Summary", "summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapted layer, or one Parameter of a layer that has several D's.
+
+    ``shape`` is the Parameter's, of a linear layer ``(out_features, in_features)``; ``trainable``
+    counts D and, once for each layer, what else in it requires grad.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    method: str
+    rank: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` counted; ``str()`` is a table of it. A parameter in several places counts once."""
+
+    layers: tuple[LayerSummary, ...]  #: the adapted layers, in the order of `adapted_modules`
+    total: int  #: all parameters, adapters included
+    trainable: int  #: those with requires_grad
+    adapter: int  #: those of all D
+    adapted_base: int  #: the parameters of the adapted layers, D left out
+    other_trainable: dict[str, int]  #: module with trainable parameters beside D -> how many
+    skipped: dict[str, str]  #: layer that a target matched and that could not be adapted -> why
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in per cent of all."""
+        return 100 * self.trainable / max(1, self.total)
+
+    @property
+    def share(self) -> float:
+        """The part of the base model's parameters that sits in adapted layers, from 0 to 1."""
+        return self.adapted_base / max(1, self.total - self.adapter)
+
+    def __str__(self) -> str:
+        rows = [("name", "shape", "method", "rank", "trainable")]
+        for layer in self.layers:
+            shape, count = " x ".join(map(str, layer.shape)), f"{layer.trainable:,}"
+            rows.append((named(layer.name), shape, layer.method, str(layer.rank), count))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        name, shape, method, rank, trainable = ("-" * width for width in widths)
+        rows.insert(1, (name, shape, method, rank, trainable))
+        pads = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust)
+        lines = []
+        for row in rows:
+            lines.append("  ".join(pad(c, width) for pad, c, width in zip(pads, row, widths)))
+        part = f"{self.trainable:,} of {self.total:,} parameters ({self.percent:.3f} %)"
+        base = (
+            f"{100 * self.share:.1f} % of the base model's {self.total - self.adapter:,} parameters"
+        )
+        lines.append("")
+        lines.append(
+            f"trainable: {part}, {self.adapter:,} of them in {len(self.layers)} adapter(s)"
+        )
+        lines.append(f"adapted layers hold {base}")
+        for name, number in self.other_trainable.items():
+            lines.append(f"also trainable: {named(name)} ({number:,})")
+        for name, reason in self.skipped.items():
+            lines.append(f"skipped: {named(name)} {reason}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count what is adapted, what is trainable and what was passed over.
+
+    ``print(summary(model))`` shows a table.
+
+    Raises:
+        TargetError: ``model`` is no module.
+
+    >>> from miss import inject
+    >>> print(summary(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)))
+    name  shape  method  rank  trainable
+    ----  -----  ------  ----  ---------
+    0     2 x 8  misse      4          8
+    <BLANKLINE>
+    trainable: 8 of 26 parameters (30.769 %), 8 of them in 1 adapter(s)
+    adapted layers hold 100.0 % of the base model's 18 parameters
+    """
+    tree = Tree(model)
+    adapted = tree.adapted
+    own: dict[int, Tensor] = {}
+    base: dict[int, Tensor] = {}
+    for layer in adapted.values():
+        ds = [getattr(layer, d_name(parameter)) for parameter in layer.miss_configs]
+        own |= {id(d): d for d in ds}
+        base |= {id(p): p for p in layer.parameters()}
+    every: dict[int, Tensor] = {}
+    others: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name, module in tree.of_type(nn.Module).items():
+        new = {
+            id(p): p for p in module._parameters.values() if p is not None and id(p) not in every
+        }
+        every |= new
+        trained = [p for key, p in new.items() if p.requires_grad and key not in own]
+        if trained:
+            others[name] = _count(trained)
+        if SKIPPED in module.__dict__:
+            skipped[name] = module.__dict__[SKIPPED]
+    return Summary(
+        layers=tuple(_layer(name, place) for name, place in places(adapted).items()),
+        total=_count(every.values()),
+        trainable=_count(p for p in every.values() if p.requires_grad),
+        adapter=_count(own.values()),
+        adapted_base=_count(p for key, p in base.items() if key not in own),
+        other_trainable=others,
+        skipped=skipped,
+    )
+
+
+def _layer(name: str, place: Place) -> LayerSummary:
+    layer, config = place.layer, place.config
+    d = getattr(layer, d_name(place.parameter))
+    counted = [d]
+    if place.parameter == next(iter(layer.miss_configs)):
+        ds = {id(getattr(layer, d_name(parameter))) for parameter in layer.miss_configs}
+        counted += [p for p in layer.parameters() if id(p) not in ds]
+    trainable = _count(p for p in counted if p.requires_grad)
+    return LayerSummary(name, config.shape, config.form.name, config.rank, trainable)
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(map(numel, parameters))

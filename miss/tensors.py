@@ -1,0 +1,156 @@
+"""What a tensor is: ordinary, a DTensor, writable, tied, held by FSDP. Asked here and nowhere else."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ADAPTER_DTYPES",
+    "Owners",
+    "contiguous",
+    "is_data",
+    "is_dtensor",
+    "is_lazy",
+    "is_managed",
+]
+__all__ += [
+    "is_ordinary",
+    "largest",
+    "numel",
+    "owners",
+    "positions",
+    "same",
+    "tied_to",
+    "unwritable",
+]
+
+ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SAMPLES = 64  # how many values of a tensor `positions` names
+
+Owners: TypeAlias = dict[tuple[torch.device, int], list[tuple[str, Tensor]]]
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def is_ordinary(tensor: Any) -> bool:
+    """Whether ``tensor`` is a Tensor or a Parameter itself, of no subclass."""
+    return type(tensor) in _ORDINARY
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor; if torch never loaded their module, which is costly, it is none."""
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def is_data(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is ordinary and dense, and has values: not quantised, not on the meta device."""
+    ordinary = is_ordinary(tensor) and tensor.layout == torch.strided
+    return ordinary and not tensor.is_meta and not tensor.is_quantized
+
+
+def is_lazy(tensor: Any) -> bool:
+    """Whether ``tensor`` has no shape yet."""
+    return isinstance(
+        tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    )
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP manages the Parameters of ``module``, which then may be its transient copies.
+
+    Both FSDP1 and ``fully_shard`` leave this mark, for torch's compiler, on every module they manage.
+    """
+    return bool(module.__dict__.get("_is_fsdp_managed_module", False))
+
+
+def unwritable(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be written in place, as the end of a sentence; None if it can."""
+    if not is_ordinary(tensor) or tensor.layout != torch.strided:
+        kind = f"{type(tensor).__name__} of layout {tensor.layout}"
+        return f"is a {kind}, not an ordinary tensor"
+    if tensor.is_meta:
+        return "is on the meta device and has no data"
+    if tensor.is_inference():
+        return "was made in torch.inference_mode"
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        return "has elements that share memory (expand?)"
+    return None
+
+
+def numel(tensor: Tensor) -> int:
+    """The number of elements; 0 where a tensor has no shape yet."""
+    return 0 if is_lazy(tensor) else tensor.numel()
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value; NaN where an element is."""
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high))
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU.
+
+    A view would be saved with its whole storage, and safetensors refuses shared memory.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return copies
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have equal values; NaN equals NaN."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def positions(count: int) -> Tensor:
+    """Up to 64 flat positions in a tensor of ``count`` elements, spread over its rows and columns.
+
+    They depend on ``count`` alone. A plain stride would fall into a single column where it divides
+    the width; the triangular numbers reach odd columns where every stride is even.
+
+    >>> positions(4096)[:4]
+    tensor([  0, 120, 151, 205])
+    """
+    n = min(SAMPLES, count)
+    step = max(1, count // max(1, n))
+    i = torch.arange(n)
+    return i * count // max(1, n) + (i * (i + 1) // 2 * 7919 + i * 104729) % step
+
+
+def owners(named: Iterable[tuple[str, Any]]) -> Owners:
+    """By storage, each of the ``(name, tensor)`` pairs that is an ordinary tensor with data."""
+    found: Owners = {}
+    for name, tensor in named:
+        if is_ordinary(tensor) and is_data(tensor):
+            storage = tensor.device, tensor.untyped_storage().data_ptr()
+            found.setdefault(storage, []).append((name, tensor))
+    return found
+
+
+def tied_to(name: str, tensor: Tensor, found: Owners) -> str | None:
+    """The first tensor of another name that shares memory with the tensor ``name``; None if none does."""
+    if not is_data(tensor):
+        return None
+    for owner, other in found.get((tensor.device, tensor.untyped_storage().data_ptr()), []):
+        if owner != name and _overlap(tensor, other):
+            return owner
+    return None
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage may have an element in common: their ranges of memory meet."""
+    if not a.numel() or not b.numel():
+        return False
+    (start_a, end_a), (start_b, end_b) = _range(a), _range(b)
+    return start_a < end_b and start_b < end_a
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    first = int(tensor.storage_offset())
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return first * tensor.itemsize, (first + sum(steps) + 1) * tensor.itemsize
