@@ -3,6 +3,7 @@ import io
 import pickle
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from miss import MiSSeLinear, MissError, MiSSLinear, ShapeError, StateError, TargetError, disabled
+from miss import (
+    MiSSeLinear,
+    MiSSLinear,
+    ShapeError,
+    disabled,
+    eject,
+    fused,
+)
+from miss.forms import LayerConfig, MiSSeMini
+from miss.layers.swap import Adapter, new_d, swap_
 from tests import reference
 from tests.strategies import (
     DTYPES,
@@ -42,27 +52,40 @@ def test_sharded_forward_equals_oracle_and_merged_weight(
     )
 
 
+def mini(case: Case, rows: int, dtype: torch.dtype) -> MiSSeLinear:
+    """The layer of a case in PEFT's mini form: a D of ``rows`` rows."""
+    layer = eject(case.layer(dtype))
+    shape = case.out_features, case.in_features
+    config = LayerConfig(MiSSeMini, case.rank, shape, scale=case.scale, rows=rows)
+    d = new_d(layer, "weight", config, None)
+    swap_(Adapter(layer, "weight", MiSSeLinear, config, nn.init.normal_(d)))
+    return layer
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
     case=cases().filter(lambda case: case.method == "misse"),
     times=st.integers(1, 3),
     rows=st.integers(1, 4),
 )
-def test_a_d_of_fewer_rows_is_cycled(case: Case, dtype: torch.dtype, times: int, rows: int):
+def test_the_mini_form_cycles_the_rows_of_d(
+    case: Case, dtype: torch.dtype, fast: bool, times: int, rows: int
+):
     case = replace(case, out_features=rows * times)
-    layer, x = case.layer(dtype), case.input(dtype)
-    layer.miss_D = nn.Parameter(torch.randn(rows, case.rank, dtype=layer.miss_D.dtype))
+    layer, x = mini(case, rows, dtype), case.input(dtype)
+    assert layer.miss_D.shape == layer.miss_configs["weight"].d_shape == (rows, case.rank)
     d, w = layer.miss_D.detach().double(), layer.weight.double()
-    delta = torch.stack(
-        [
-            torch.stack([d[o % rows, c % case.rank] for c in range(case.in_features)])
-            for o in range(len(w))
-        ]
-    )
-    assert torch.equal(
-        layer.delta_weight().double(), (case.scale * delta).to(layer.miss_D.dtype).double()
-    )
-    y = layer(x)
+    delta = torch.empty_like(w)
+    for o in range(len(w)):
+        for c in range(case.in_features):
+            delta[o, c] = d[o % rows, c % case.rank]
+    want = (case.scale * delta).to(layer.miss_D.dtype)
+    assert torch.equal(layer.delta_weight(), want)
+    allowed = fused.fits if fast else (lambda *args: False)
+    with mock.patch.object(fused, "fits", side_effect=allowed):
+        y = layer(x)
+    assert y.shape == (*case.leading, rows * times)
     y.sum().backward()
     bias = torch.zeros(len(w)) if layer.bias is None else layer.bias.double()
     exact = x.double() @ (w + case.scale * delta).T + bias
@@ -71,10 +94,27 @@ def test_a_d_of_fewer_rows_is_cycled(case: Case, dtype: torch.dtype, times: int,
     blocks = reference.factor("misse", case.rank, len(w), case.in_features)
     flat = x.double().reshape(-1, case.in_features).repeat(times, 1)
     grad = case.scale * (flat @ blocks.T).sum(0)
-    bound = tolerance(
-        dtype, abs(case.scale) * (flat.abs() @ blocks.T).sum(0), len(flat) * case.in_features + 1
-    )
+    magnitude = abs(case.scale) * (flat.abs() @ blocks.T).sum(0)
+    bound = tolerance(dtype, magnitude, len(flat) * case.in_features + 1)
     assert ((layer.miss_D.grad.double() - grad).abs() <= bound).all()
+
+
+@ragged
+def test_a_d_or_weight_of_another_shape_is_refused_at_the_next_forward(case: Case):
+    layer, x = case.layer(), case.input()
+    d, weight = layer.miss_D, layer.weight
+    refused = pytest.raises(ShapeError, match=r"(?s)another shape.*\(7, 10\).*eject before")
+    for other in (d[:1], d[:, :1], torch.cat([d, d])):
+        layer.miss_D = nn.Parameter(other.detach())
+        for path in (fused.fits, lambda *args: False):
+            with mock.patch.object(fused, "fits", side_effect=path), refused:
+                layer(x)
+        with disabled(layer):
+            layer(x)
+    layer.miss_D = d
+    layer.weight = nn.Parameter(torch.cat([weight, weight]).detach(), requires_grad=False)
+    with pytest.raises(ShapeError, match=r"(?s)another shape.*\(7, 10\).*\(14, 10\)"):
+        layer(x)
 
 
 @given(case=cases(max_size=5))
@@ -208,11 +248,8 @@ def test_half_precision_reduces_without_a_full_width_copy(dtype: torch.dtype):
         torch.no_grad(),
     ):
         layer(x)
-    largest = max(
-        event.nbytes()
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
+    events = profiler.profiler.kineto_results.events()
+    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
     assert largest < x.nbytes  # an fp32 copy would be twice that
 
 
@@ -273,84 +310,9 @@ def test_pickle_deepcopy_and_save(case: Case):
         assert type(other) is type(layer)
         assert torch.equal(other(x), layer(x))
         assert repr(other) == repr(layer)
-        for name in (
-            "scale",
-            "dropout",
-        ):  # as an older version, without the setting, would have pickled it
-            del other.__dict__[name]
-        other(x)
-
-
-@forms
-def test_constructor_freezes_the_base(form: type[nn.Linear]):
-    layer = form(6, 4, 2, device="cpu", dtype=torch.float64)
-    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"miss_D"}
-    assert list(layer.state_dict()) == ["weight", "bias", "miss_D"]
-    assert isinstance(layer, nn.Linear)
-    assert not layer.miss_D.any()
-    assert layer.miss_D.dtype == torch.float64
-
-
-def test_adapter_dtype():
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert MiSSeLinear(4, 4, 2, dtype=dtype).miss_D.dtype == torch.float32
-    layer = MiSSeLinear(4, 4, 2, dtype=torch.float32, adapter_dtype=torch.bfloat16)
-    assert layer.miss_D.dtype == layer.delta_weight().dtype == torch.bfloat16
-    assert layer(torch.randn(4)).dtype == torch.float32
-
-
-@forms
-def test_adopt_keeps_the_object_and_its_flags(form: type[nn.Linear]):
-    linear = nn.Linear(6, 4).eval()
-    linear.bias.requires_grad_(False)
-    parameters = [id(p) for p in linear.parameters()]
-    with torch.inference_mode():
-        assert form.adopt_(linear, 2, scale=3) is linear
-    assert [id(p) for p in linear.parameters()][:2] == parameters
-    assert (
-        linear.weight.requires_grad,
-        linear.bias.requires_grad,
-        linear.miss_D.requires_grad,
-    ) == (True, False, True)
-    assert not linear.miss_D.is_inference()
-    assert not linear.training
-    assert (linear.rank, linear.scale) == (2, 3.0)
-    with pytest.raises(StateError, match="already"):
-        form.adopt_(linear, 2)
-    with pytest.raises(TargetError, match="NonDynamicallyQuantizableLinear"):
-        form.adopt_(nn.MultiheadAttention(4, 2).out_proj, 2)
-    with pytest.raises(TargetError, match=r"nn\.Linear"):
-        form.adopt_(nn.ReLU(), 2)
-
-
-@pytest.mark.parametrize("rank", [0, -1, True, 1.0, "4", None, 7, 10**30])
-def test_wrong_rank(rank: object):
-    with pytest.raises(ShapeError, match=r"(?s)rank.*1 <= rank <= 6"):
-        MiSSeLinear(6, 10, rank)
-    with pytest.raises(ShapeError, match=r"(?s)rank.*1 <= rank <= 6"):
-        MiSSLinear(10, 6, rank)
-
-
-@pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), "1", None, True, 10**400, torch.tensor(1.0)], ids=str
-)
-def test_wrong_scale_and_dropout(value: object):
-    with pytest.raises(ShapeError, match="scale"):
-        MiSSeLinear(6, 4, 2, scale=value)
-    with pytest.raises(ShapeError, match="dropout"):
-        MiSSeLinear(6, 4, 2, dropout=value)
-
-
-def test_other_wrong_arguments():
-    for dropout in (-0.1, 1, 1.5):
-        with pytest.raises(ShapeError, match="0 <= dropout < 1"):
-            MiSSLinear(6, 4, 2, dropout=dropout)
-    for dtype in (torch.int64, "float32", torch.complex64):
-        with pytest.raises(ShapeError, match="adapter_dtype"):
-            MiSSLinear(6, 4, 2, adapter_dtype=dtype)
-    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
-        MiSSLinear(6, 4, 2)(torch.randn(2, 5))
-    assert issubclass(ShapeError, MissError)
+        assert other.miss_configs == layer.miss_configs
+        other.scale = 2 * layer.scale  # its own
+        assert layer.scale == case.scale
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
