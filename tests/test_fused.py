@@ -2,10 +2,7 @@ import functools
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +15,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 from measure import peak_bytes, saved_bytes
-from miss import MiSSeLinear, MiSSLinear, disabled, fused
+from miss import MiSSeLinear, MiSSLinear, disabled
+from tests.paths import both_paths, counted, plain_path, results
 from tests.strategies import DTYPES, FORMS, RAGGED, Case, assert_equals_oracle, cases, ragged
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,48 +29,6 @@ LAYOUTS = {
     "strided": lambda x: torch.stack([x, x], -1)[..., 0],
     "expanded": lambda x: x[:1].expand(x.shape) if x.dim() > 1 else x,
 }
-
-
-@contextmanager
-def plain_path() -> Iterator[None]:
-    with mock.patch.object(fused, "fits", return_value=False):
-        yield
-
-
-def both_paths(call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    fast = call()
-    with plain_path():
-        return fast, call()
-
-
-@contextmanager
-def counted() -> Iterator[mock.Mock]:
-    """Counts the calls that take the fast path, of both forms."""
-    calls = mock.Mock()
-    real = {form: form.fused for form in FORMS.values()}
-
-    def counting(form: type[nn.Linear]):
-        return staticmethod(lambda *args: (calls(), real[form](*args))[1])
-
-    with (
-        mock.patch.object(MiSSeLinear, "fused", counting(MiSSeLinear)),
-        mock.patch.object(MiSSLinear, "fused", counting(MiSSLinear)),
-    ):
-        yield calls
-
-
-def results(layer: nn.Linear, x: Tensor, seed: int = 0) -> list[Tensor]:
-    """The output and the gradients of all that asks for one."""
-    y = layer(x)
-    wanted = [
-        tensor
-        for tensor in (x, layer.miss_D, layer.bias)
-        if tensor is not None and tensor.requires_grad
-    ]
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        y.dtype
-    )
-    return [y, *(torch.autograd.grad(y, wanted, g) if wanted else ())]
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, *DTYPES], ids=str)
@@ -100,26 +56,6 @@ def test_plain_path_equals_oracle(case: Case, dtype: torch.dtype):
     with plain_path(), counted() as calls:
         assert_equals_oracle(case, case.layer(dtype), case.input(dtype))
     assert not calls.called
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(
-            "misse", 13, 240, 2, True, 0.5, (2, 70), 0
-        ),  # two tiles, the second one short; a short last block
-        Case("misse", 12, 120, 3, False, 1.0, (400,), 1),  # one tile
-    ],
-    ids=["ragged", "even"],
-)
-def test_gradient_by_tiles_equals_oracle(case: Case, dtype: torch.dtype):
-    with mock.patch.object(
-        fused, "_input_grad_by_tiles", wraps=fused._input_grad_by_tiles
-    ) as tiles:
-        assert_equals_oracle(case, case.layer(dtype), case.input(dtype))
-    assert tiles.call_count == 1
-    assert (tiles.call_args.args[-1] < case.out_features) == (case.in_features == 13)
 
 
 @pytest.mark.parametrize("grad_of", ["x", "d", "bias", "x d", "d bias", "x d bias", ""])
@@ -193,6 +129,11 @@ def test_rule(case: Case):
     assert fast(dropping.eval(), torch.randn(4))
     with disabled(nn.Sequential(layer)):
         assert not fast(layer, x)
+    seam = layer.miss_delta
+    layer.miss_delta = lambda x, y: seam(x, y)  # replaced on the object
+    assert not fast(layer, x)
+    del layer.miss_delta
+    assert fast(layer, x)
     layer.weight.requires_grad_()
     assert not fast(layer, x)
     layer.weight.requires_grad_(False)
@@ -254,46 +195,6 @@ def test_peak_of_a_step_is_that_of_the_base_and_a_tenth(
         return peak_bytes(lambda: layer(x).backward(g))
 
     assert peak(layer) <= 1.1 * peak(base) + layer.miss_D.nbytes
-
-
-@given(case=cases(max_size=6))
-def test_second_derivatives_equal_those_of_the_plain_path(case: Case):
-    def penalty(layer: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
-        wanted = layer.miss_D, x
-        first = torch.autograd.grad((layer(x).tanh() ** 2).sum(), wanted, create_graph=True)
-        return torch.autograd.grad(
-            sum((grad**2).sum() for grad in first), wanted
-        )  # D's gradient depends on x through S, too
-
-    fast = penalty(case.layer(), case.input().requires_grad_())
-    with plain_path():
-        plain = penalty(case.layer(), case.input().requires_grad_())
-    for got, want in zip(fast, plain):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "case", [*RAGGED, Case("misse", 13, 120, 2, True, 0.5, (140,), 0)], ids=str
-)
-def test_batched_gradients(case: Case):
-    layer, x = case.layer(), case.input().requires_grad_()
-    y = layer(x)
-    many = torch.randn(3, *y.shape, dtype=y.dtype)
-    looped = [
-        torch.stack(grads)
-        for grads in zip(
-            *(torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True) for g in many)
-        )
-    ]
-    batched = torch.autograd.grad(
-        y, (x, layer.miss_D), many, retain_graph=True, is_grads_batched=True
-    )
-    mapped = torch.vmap(lambda g: torch.autograd.grad(y, (x, layer.miss_D), g, retain_graph=True))(
-        many
-    )
-    for want, *both in zip(looped, batched, mapped):
-        for got in both:
-            torch.testing.assert_close(got, want)
 
 
 @ragged
@@ -390,23 +291,6 @@ def test_autocast_sums_before_it_rounds():
 
 
 @ragged
-def test_backward_inside_autocast_of_a_forward_outside(case: Case):
-    layer, x = case.layer(torch.float32), case.input(torch.float32).requires_grad_()
-
-    def grads() -> Tensor:
-        y = layer(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            return torch.cat(
-                [grad.flatten() for grad in torch.autograd.grad(y.sum(), (x, layer.miss_D))]
-            )
-
-    fast, plain = both_paths(grads)
-    torch.testing.assert_close(
-        fast, plain, rtol=0, atol=float(8 * torch.finfo(torch.bfloat16).eps * plain.abs().max())
-    )
-
-
-@ragged
 def test_forward_mode_without_gradients(case: Case):
     layer, x = case.layer(), case.input()
 
@@ -415,59 +299,3 @@ def test_forward_mode_without_gradients(case: Case):
             return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x + 1))).tangent
 
     torch.testing.assert_close(*both_paths(tangent))
-
-
-@ragged
-def test_batched_second_derivatives(case: Case):
-    layer, x = case.layer(), case.input().requires_grad_()
-    many = torch.randn(5, *layer.miss_D.shape, dtype=torch.float64)
-
-    def mixed() -> Tensor:
-        y = layer(x)
-        [grad] = torch.autograd.grad(y, layer.miss_D, y.detach(), create_graph=True)
-        return torch.autograd.grad(grad, x, many, is_grads_batched=True)[0]
-
-    torch.testing.assert_close(*both_paths(mixed))
-
-
-@ragged
-def test_the_base_may_change_where_only_d_is_trained(case: Case):
-    layer, x = case.layer(), case.input()
-    y = layer(x)
-    want = torch.autograd.grad(y.sum(), layer.miss_D, retain_graph=True)
-    with torch.no_grad():
-        layer.weight.zero_()
-        layer.miss_D.zero_()
-    assert torch.equal(*want, *torch.autograd.grad(y.sum(), layer.miss_D))
-
-
-@ragged
-def test_no_gradient_stays_none(case: Case):
-    class Stop(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g: Tensor) -> None:
-            return None
-
-    layer, x = case.layer(), case.input().requires_grad_()
-    Stop.apply(layer(x)).sum().backward()
-    assert layer.miss_D.grad is None
-    assert x.grad is None
-
-
-def test_fp16_gradient_of_the_input_stays_in_range():
-    layer = MiSSeLinear(400, 4, 1, dtype=torch.float16)  # 400 blocks
-    nn.init.ones_(layer.miss_D)
-    nn.init.zeros_(layer.weight)
-    x = torch.zeros(2, 400, dtype=torch.float16, requires_grad=True)
-    layer(x).backward(torch.full((2, 4), 1000.0, dtype=torch.float16))
-    assert (x.grad == 4000).all()
-
-
-def test_gradient_of_an_fp16_adapter_is_scaled_before_it_is_rounded():
-    layer = MiSSeLinear(2, 1, 1, scale=0.5, adapter_dtype=torch.float16)
-    layer(torch.tensor([[1e5, 0.0]])).sum().backward()
-    assert torch.equal(layer.miss_D.grad, torch.tensor([[5e4]], dtype=torch.float16))
