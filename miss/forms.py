@@ -45,10 +45,13 @@ class Form(ABC):
 
     @staticmethod
     @abstractmethod
-    def add(x: Tensor, y: Tensor, d: Tensor, scale: float, product: functional.Product) -> Tensor:
+    def add(
+        x: Tensor, y: Tensor, d: Tensor, scale: float, product: functional.Product, rank: int
+    ) -> Tensor:
         """``y`` and the delta's product with ``x``, without the dense delta; the features are last.
 
         ``product(x, d)`` is the base layer's operation with ``d`` for its weight and no bias.
+        ``rank`` is the length of the shared axis of ``d``, which may lie anywhere.
         """
 
     @staticmethod

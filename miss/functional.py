@@ -168,7 +168,12 @@ def cycle_rows(d: Tensor, out_features: int) -> Tensor:
 
 
 def add_misse(
-    x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0, product: Product = F.linear
+    x: Tensor,
+    y: Tensor,
+    d: Tensor,
+    scale: float = 1.0,
+    product: Product = F.linear,
+    rank: int | None = None,
 ) -> Tensor:
     """``y + scale * d S`` with ``S = block_sum(x)``: MiSSe without its dense delta (Eq. 7).
 
@@ -179,13 +184,14 @@ def add_misse(
         d: ``(o, r)``, in any floating dtype.
         scale: factor of the delta.
         product: the base layer's own operation without a bias, with ``d`` for its weight.
+        rank: ``r``, where another axis of ``d`` than the last has it.
 
     Shape:
         ``(..., o)``. Neither ``x`` nor ``y`` is cast: the sum has the dtype of ``x``, and torch's
         fp32 accumulator where that is half precision; only ``S`` is cast. In fp16, where the sum
         may overflow, it is a mean and ``d`` takes the factor.
     """
-    rank = d.shape[-1]
+    rank = d.shape[-1] if rank is None else rank
     if is_dtensor(x):
         blocks = -(-x.shape[-1] // rank)
         half = y.dtype == torch.float16  # a power of two is exact there, as 1 / blocks is not
@@ -199,7 +205,12 @@ def add_misse(
 
 
 def add_miss(
-    x: Tensor, y: Tensor, d: Tensor, scale: float = 1.0, product: Product = F.linear
+    x: Tensor,
+    y: Tensor,
+    d: Tensor,
+    scale: float = 1.0,
+    product: Product = F.linear,
+    rank: int | None = None,
 ) -> Tensor:
     """``y + scale * repeat(d x)``: MiSS without its dense delta (Eq. 3, repeated after the product).
 
@@ -210,16 +221,18 @@ def add_miss(
         d: ``(n, i)``, in any floating dtype.
         scale: factor of the delta.
         product: the base layer's own operation without a bias, with ``d`` for its weight.
+        rank: ``n``, where another axis of ``d`` than the first has it.
 
     Shape:
         ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to
         every row of shard ``k``.
     """
+    rank = d.shape[0] if rank is None else rank
     z = product(x, scaled(d, scale, y.dtype))
     if is_dtensor(y):
-        return y + F.linear(z, _zero_one(expand_shards, d.shape[0], y))
+        return y + F.linear(z, _zero_one(expand_shards, rank, y))
     sums = []
-    for run, rows, size in shard_runs(y.shape[-1], d.shape[0]):
+    for run, rows, size in shard_runs(y.shape[-1], rank):
         shards = rearrange(y[..., rows], "... (n s) -> ... n s", s=size)
         both = shards + rearrange(z[..., run], "... n -> ... n 1")
         sums.append(rearrange(both, "... n s -> ... (n s)"))
