@@ -15,7 +15,7 @@ class MissError(Exception):
     """Base class of every error of this package.
 
     Its text has up to four lines: the place and the rule, what was expected, what was found, what
-    to do. Code that finds a fault gives the last three; `at` adds the place.
+    to do. Code that finds a fault gives the last three; ``at`` adds the place.
     """
 
     def __init__(

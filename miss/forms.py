@@ -30,7 +30,7 @@ class Form(ABC):
 
     name: ClassVar[str]  #: as `inject` takes it, and files hold it
     prefix: ClassVar[str]  #: of the names of the adapted classes
-    axis: ClassVar[int]  #: the shared axis: 0 is "out", 1 is "in"
+    axis: ClassVar[int]  #: 0 where the axis "out" is shared, 1 where "in" is
     peft: ClassVar[bool | str | None]  #: PEFT's name for the form, its ``init_weights``, if any
 
     @staticmethod
