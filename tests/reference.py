@@ -32,6 +32,13 @@ def delta(method: str, d: Tensor, out_features: int, in_features: int) -> Tensor
     )
 
 
+def delta_of(method: str, d: Tensor, shape: tuple[int, ...], axes: tuple[int, int]) -> Tensor:
+    """The dense delta at scale 1 of a matrix with "out" and "in" at ``axes``, entry by entry."""
+    if axes == (1, 0):
+        return delta(method, d.T, shape[1], shape[0]).T
+    return delta(method, d, *shape)
+
+
 def factor(method: str, rank: int, out_features: int, in_features: int) -> Tensor:
     """The frozen 0/1 factor that makes the form a LoRA.
 

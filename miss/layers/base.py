@@ -126,13 +126,13 @@ class AdaptedLayer(_Mixin):
         host, last = self.miss_host, self.miss_host.features == -1
         y = y if last else y.movedim(host.features, -1)
         for parameter, config in self._miss_configs.items():
-            d = self._miss_fitting(parameter, config)
+            d = config.form.whole(getattr(self, d_name(parameter)), config)
             dropping = self.training and config.dropout > 0
             z = F.dropout(x, config.dropout) if dropping else x
             product = partial(host.product, self, parameter=parameter)
             if not last:
                 z, product = z.movedim(host.features, -1), partial(_moved, product, host.features)
-            y = config.form.add(z, y, d, config.scale, product)
+            y = config.form.add(z, y, d, config.scale, product, config.rank)
         return y if last else y.movedim(-1, host.features)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +154,7 @@ class AdaptedLayer(_Mixin):
             return super().forward(*args, **kwargs)
         if self._miss_depth.count:
             return super().forward(*args, **kwargs)
+        self._miss_check_shapes()
         x = args[0] if args else next(iter(kwargs.values()))
         if self._miss_seam_is_ours() and len(args) + len(kwargs) == 1:
             y = self.miss_host.fast(self, x)
@@ -220,17 +221,17 @@ class AdaptedLayer(_Mixin):
             changed = replace(self._miss_only(), **settings)
         self.__dict__["_miss_configs"] = dict.fromkeys(self._miss_configs, changed)
 
-    def _miss_fitting(self, parameter: str, config: LayerConfig) -> Tensor:
-        """The D of a Parameter, after a look at the shapes of both."""
-        d: Tensor = getattr(self, d_name(parameter))
-        sizes = self.miss_host.sizes(self, parameter)
-        if sizes != config.shape or d.shape != config.d_shape:
-            with at(type(self).__name__):
-                rule = f"{parameter} or its D has another shape than when it was adapted"
-                expected, actual = (config.shape, config.d_shape), (sizes, tuple(d.shape))
-                do = "eject before the layer is resized, and inject again after"
-                raise ShapeError(rule, expected=expected, actual=actual, do=do)
-        return d
+    def _miss_check_shapes(self) -> None:
+        """A `ShapeError` if a Parameter or its D has been replaced by one of another shape."""
+        for parameter, config in self._miss_configs.items():
+            sizes = self.miss_host.sizes(self, parameter)
+            d_shape = getattr(self, d_name(parameter)).shape
+            if sizes != config.shape or d_shape != config.d_shape:
+                with at(type(self).__name__):
+                    rule = f"{parameter} or its D has another shape than when it was adapted"
+                    expected, actual = (config.shape, config.d_shape), (sizes, tuple(d_shape))
+                    do = "miss.eject(model) before a layer is resized, and inject again after"
+                    raise ShapeError(rule, expected=expected, actual=actual, do=do)
 
     def _miss_seam_is_ours(self) -> bool:
         ours = type(self).miss_delta is AdaptedLayer.miss_delta

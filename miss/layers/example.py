@@ -51,14 +51,17 @@ def _compare(layer: nn.Module, cls: type[AdaptedLayer], args: tuple[Any, ...]) -
             shape = cls.miss_host.sizes(plain, parameter)
             size = shape[cls.miss_host.axes[parameter][cls.miss_form.axis]]
             swap_(new_adapter(adapted, parameter, cls, (size + 1) // 2))
+    if not isinstance(adapted, AdaptedLayer):
+        expected = ", ".join(cls.miss_host.axes)
+        raise StateError("the layer has no Parameter that the host names", expected=expected)
     base: Tensor = plain(*args)
     rule = f"the host does not describe the layer ({cls.__name__})"
     if not torch.equal(adapted(*args), base):
         raise StateError(f"{rule}: a zero D changes the output")
-    for parameter in adapted._miss_configs:  # type: ignore[union-attr]
+    for parameter in adapted.miss_configs:
         d = adapted.get_parameter(d_name(parameter))
         d.copy_(torch.randint(-2, 3, d.shape))
-        delta = adapted.miss_delta_weight(parameter)  # type: ignore[operator]
+        delta = adapted.miss_delta_weight(parameter)
         weight = plain.get_parameter(parameter)
         weight.add_(delta.to(weight.dtype))
     want, got = plain(*args), adapted(*args)

@@ -34,7 +34,7 @@ class LinearHost(Host):
         config: LayerConfig = layer._miss_configs["weight"]
         if layer.training and config.dropout:
             return None
-        weight, bias, d = layer.weight, layer.bias, layer._miss_fitting("weight", config)
+        weight, bias, d = layer.weight, layer.bias, layer.miss_D
         if not fused.fits(x, weight, bias, d):
             return None
         linear = fused.misse_linear if config.form.axis else fused.miss_linear

@@ -1,0 +1,224 @@
+"""Parameters as targets: what is matched, and what is said of those that no host adapts."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tests.test_hosts  # noqa: F401  # registers `Mixer`
+from miss import (
+    CheckpointError,
+    ShapeError,
+    StateError,
+    TargetError,
+    adapted_modules,
+    adapter_parameters,
+    adapter_state_dict,
+    inject,
+    interop,
+    load,
+    merge,
+    save,
+    summary,
+)
+from tests.hosts import Mixer
+from tests.models import snapshot
+
+
+class Router(nn.Module):
+    """Chooses experts by a weight of its own, as mixtures of experts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8))
+
+
+class Experts(nn.Module):
+    """Experts in Parameters of three axes, and a scale of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 8, 16))
+        self.down_proj = nn.Parameter(torch.randn(2, 8, 8))
+        self.temperature = nn.Parameter(torch.ones(2))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = Router(), Experts()
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(8, 8), "down_proj": nn.Linear(8, 8)})
+        self.mixer, self.alias = Mixer(8, 8), nn.Linear(8, 8)
+        self.alias.twin = self.alias.weight  # a second name of the Parameter
+        self.head = nn.Linear(8, 8, bias=False)
+        self.head.weight = self.mlp["up_proj"].weight  # tied
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.position_embeddings = nn.Parameter(torch.randn(1, 4, 8))
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+
+def adapted(targets: object, **options: object) -> dict[str, list[str]]:
+    model = inject(Model(), targets, rank=2, **options)
+    return {name: list(layer.miss_configs) for name, layer in adapted_modules(model).items()}
+
+
+MIXERS = ["blocks.0.mixer", "blocks.1.mixer"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("blocks.0.mixer.now", {"blocks.0.mixer": ["now"]}),
+        ("mixer.now", {name: ["now"] for name in MIXERS}),
+        ("mixer.past_weight", {name: ["past_weight"] for name in MIXERS}),
+        (["mixer.now", "0.mixer"], {MIXERS[0]: ["now", "past_weight"], MIXERS[1]: ["now"]}),
+        ("mixer", {name: ["now", "past_weight"] for name in MIXERS}),
+        (Mixer, {name: ["now", "past_weight"] for name in MIXERS}),
+        ("0.mlp.up_proj.weight", {"blocks.0.mlp.up_proj": ["weight"]}),
+        ("blocks.0.alias.weight", {"blocks.0.alias": ["weight"]}),
+        ("blocks.0.alias.twin", {"blocks.0.alias": ["weight"]}),  # two names, one Parameter
+        (["0.alias.weight", "0.alias.twin", "0.alias"], {"blocks.0.alias": ["weight"]}),
+        ("0.head.weight", {"blocks.0.head": ["weight"]}),  # tied: the layer that is named
+    ],
+)
+def test_a_parameter_is_matched_by_whole_last_components(targets, expected: dict[str, list[str]]):
+    assert adapted(targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        ("mixer.now", {name: ["past_weight"] for name in MIXERS}),
+        ("blocks.0.mixer.past_weight", {MIXERS[0]: ["now"], MIXERS[1]: ["now", "past_weight"]}),
+        (["blocks.0", "1.mixer.now"], {MIXERS[1]: ["past_weight"]}),
+    ],
+)
+def test_a_parameter_can_be_excluded(exclude, expected: dict[str, list[str]]):
+    assert adapted("mixer", exclude=exclude) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("now", r"matches no module; it is the last part.*\n.*\n.*write 'mixer.now'"),
+        ("gate_up_proj", "write 'experts.gate_up_proj'"),
+        ("weight", "write 'gate.weight' or 'up_proj.weight'"),
+        (
+            "experts.gate_up_proj",
+            r"experts\.gate_up_proj: is a Parameter that cannot.*Experts.*regist",
+        ),
+        ("gate.weight", r"blocks\.0\.gate\.weight: is a Parameter that cannot be adapted.*Router"),
+        ("gate", r"(?s)registered type.*Router; their Parameters are 'blocks.0.gate.weight'"),
+        (
+            "experts",
+            r"(?s)their Parameters are 'blocks.0.experts.gate_up_proj', 'blocks.0.experts.d",
+        ),
+        ("position_embeddings", r"position_embeddings: is a Parameter that cannot.*Model"),
+        ("experts.temperature", "(?s)experts.temperature': matches nothing"),  # of one axis
+        ("mixer.nothing", "(?s)matches nothing.*a name in the model, such as"),
+        ("mixr", "did you mean 'mixer'"),
+        ("*.mixer.now", "matches nothing"),  # globs match modules alone
+        (r".*\.(q|v)_proj", r"(?s)matches nothing.*re\.compile"),
+        (r"blocks\.\d", r"(?s)matches nothing.*re\.compile"),
+        ("up_proj$", r"(?s)matches nothing.*re\.compile"),
+    ],
+)
+def test_a_parameter_that_is_not_adapted_says_why(targets: str, message: str):
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=message):
+        inject(model, targets, rank=2)
+    with pytest.raises(TargetError, match=message):
+        inject(model, ["mixer", targets], rank=2)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("argument", ["exclude", "trainable"])
+def test_a_regular_expression_as_a_string_is_told_so_everywhere(argument: str):
+    with pytest.raises(TargetError, match=rf"(?s){argument}: .*re\.compile"):
+        inject(Model(), "mixer", rank=2, **{argument: r"mixer\.(a|b)"})
+
+
+def test_parameters_of_the_name_of_modules_are_named_in_a_warning():
+    with pytest.warns(UserWarning, match=r"'down_proj'.*blocks\.0\.experts\.down_proj, blocks\.1"):
+        assert adapted("down_proj") == {f"blocks.{k}.mlp.down_proj": ["weight"] for k in (0, 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(adapted(["mlp.down_proj", "up_proj", "mixer"])) == 6
+
+
+def test_a_later_call_adds_a_second_parameter_in_the_same_form():
+    model = inject(Model(), "mixer.now", rank=2, method="miss", scale=0.5)
+    before = snapshot(model)
+    for targets, options, error, message in (
+        ("mixer.now", {"method": "miss"}, StateError, "is adapted already"),
+        ("mixer", {"method": "miss"}, StateError, "is adapted already"),
+        ("mixer.past_weight", {}, StateError, "(?s)in another form; a layer has one.*'miss'"),
+        ("mixer.past_weight", {"method": "miss", "rank": 99}, ShapeError, "rank=99"),
+    ):
+        with pytest.raises(error, match=message):
+            inject(model, targets, **{"rank": 2} | options)
+        assert snapshot(model) == before
+    inject(model, "0.mixer.past_weight", rank=3, method="miss")
+    layer = model.blocks[0].mixer
+    settings = {p: (c.rank, c.scale) for p, c in layer.miss_configs.items()}
+    assert settings == {"now": (2, 0.5), "past_weight": (3, 1.0)}
+    assert {name for name, _ in layer.named_parameters() if "miss" in name} == {
+        "miss_D_now",
+        "miss_D_past",
+    }
+    assert layer.miss_delta_weight("past_weight").shape == layer.past_weight.shape
+    assert len(adapter_parameters(model)) == 3
+
+
+def filled() -> Model:
+    model = inject(Model(), ["mixer", "mlp.up_proj", "1.alias"], rank=2)
+    for d in adapter_parameters(model):
+        nn.init.normal_(d)
+    return model
+
+
+def test_each_d_has_its_row_its_key_and_its_place_in_a_file(tmp_path):
+    model = filled()
+    names = [row.name for row in summary(model).layers]
+    assert names[:3] == ["blocks.0.mlp.up_proj", "blocks.0.mixer.now", "blocks.0.mixer.past_weight"]
+    keys = list(adapter_state_dict(model))
+    assert keys[1:3] == ["blocks.0.mixer.miss_D_now", "blocks.0.mixer.miss_D_past"]
+    save(model, tmp_path / "a.pt")
+    fresh = load(Model(), tmp_path / "a.pt")
+    for key, d in adapter_state_dict(fresh).items():
+        assert torch.equal(d, adapter_state_dict(model)[key])
+    one = inject(Model(), ["mixer.now", "mlp.up_proj", "1.alias"], rank=2)
+    with pytest.raises(CheckpointError, match=r"2 unexpected: blocks\.0\.mixer\.miss_D_past"):
+        load(one, tmp_path / "a.pt")
+
+
+def test_what_a_directory_of_peft_cannot_hold_is_refused(tmp_path):
+    for write in (interop.peft.save, interop.lora.save):
+        with pytest.raises(StateError, match=r"blocks\.0\.mixer: is a Mixer.*\n.*miss\.save"):
+            write(filled(), tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_parameter_is_not_merged():
+    model = inject(Model(), "mlp.up_proj", rank=2)
+    with pytest.raises(StateError, match=r"its weight is tied to blocks\.0\.head\.weight"):
+        merge(model)
+
+
+def test_a_tensor_that_is_no_parameter_is_no_target():
+    model = Model()
+    model.blocks[0].register_buffer("table", torch.randn(8, 8))
+
+    def untouched() -> Tensor:
+        return model.blocks[0].table
+
+    with pytest.raises(TargetError, match="matches nothing"):
+        inject(model, "0.table", rank=2)
+    assert untouched() is model.blocks[0].table
