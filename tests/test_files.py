@@ -107,7 +107,10 @@ def put(key: str, tensor: Tensor):
 
 
 def put_field(field: str, value: object):
-    return lambda tensors, about: about["modules"]["0"].update({field: value}) or None
+    return lambda tensors, about: about["adapters"]["0.miss_D"].update({field: value}) or None
+
+
+WRONG = "metadata of '0.miss_D': not the settings of an adapter"
 
 
 @pytest.mark.parametrize(
@@ -140,43 +143,49 @@ def put_field(field: str, value: object):
         (lambda t, a: a.pop("format") and None, "no format version"),
         (lambda t, a: a.update(format=True), "no format version"),
         (
-            lambda t, a: a.update(format=2, version="9.0"),
-            "newer version of this package (9.0)\n  expected: format 1 or lower",
+            lambda t, a: a.update(format=3, version="9.0"),
+            "newer version of this package (9.0)\n  expected: format 2 or lower",
         ),
-        (lambda t, a: a.pop("modules") and None, "lists no adapted modules"),
-        (lambda t, a: a.update(modules={}), "lists no adapted modules"),
+        (lambda t, a: a.update(format=1), "lists no adapted modules"),
+        (lambda t, a: a.update(modules=a.pop("adapters")), "lists no adapted modules"),
+        (lambda t, a: a.pop("adapters") and None, "lists no adapted modules"),
+        (lambda t, a: a.update(adapters={}), "lists no adapted modules"),
+        (lambda t, a: a.update(adapters=[1]), "lists no adapted modules"),
         (lambda t, a: a.update(extra=[1]), "lists no extra tensors"),
+        (lambda t, a: a["adapters"].update({"0.miss_D": 3}), WRONG),
+        (lambda t, a: a["adapters"]["0.miss_D"].pop("rank") and None, WRONG),
+        (lambda t, a: a["adapters"]["0.miss_D"].pop("module") and None, WRONG),
+        (put_field("other", 1), WRONG),
+        (put_field("axes", [0, 1]), WRONG),
+        (put_field("module", "1"), f"{WRONG}\n  expected: those of 1.miss_D"),
+        (put_field("module", 0), f"{WRONG}\n  expected: those of miss_D"),
+        (put_field("parameter", "bias"), WRONG),
+        (put_field("parameter", ["weight"]), WRONG),
         (
-            lambda t, a: a["modules"].update({"0": 3}),
-            "metadata of module '0': not the settings of an adapter",
+            put_field("host", "mine.Host"),
+            "0 needs a host that is not registered here\n  expected: mine.Host",
         ),
-        (
-            lambda t, a: a["modules"]["0"].pop("rank") and None,
-            "metadata of module '0': not the settings of an adapter",
-        ),
-        (put_field("other", 1), "metadata of module '0': not the settings of an adapter"),
-        (put_field("rank", 2.0), "metadata of module '0': not the settings of an adapter"),
-        (put_field("rank", 6), "metadata of module '0': not the settings of an adapter"),
-        (put_field("rank", 0), "metadata of module '0': not the settings of an adapter"),
-        (put_field("method", "mist"), "metadata of module '0': not the settings of an adapter"),
-        (put_field("method", ["misse"]), "metadata of module '0': not the settings of an adapter"),
-        (
-            put_field("scale", float("nan")),
-            "metadata of module '0': not the settings of an adapter",
-        ),
-        (put_field("scale", "1"), "metadata of module '0': not the settings of an adapter"),
-        (put_field("dropout", 1.0), "metadata of module '0': not the settings of an adapter"),
-        (put_field("shape", [3]), "metadata of module '0': not the settings of an adapter"),
-        (put_field("shape", ["3", "5"]), "metadata of module '0': not the settings of an adapter"),
-        (put_field("rows", 2), "metadata of module '0': not the settings of an adapter"),
-        (put_field("rows", 0), "metadata of module '0': not the settings of an adapter"),
-        (put_field("rows", True), "metadata of module '0': not the settings of an adapter"),
+        (put_field("host", 3), "0 needs a host that is not registered here"),
+        (put_field("rank", 2.0), WRONG),
+        (put_field("rank", 6), WRONG),
+        (put_field("rank", 0), WRONG),
+        (put_field("method", "mist"), WRONG),
+        (put_field("method", ["misse"]), WRONG),
+        (put_field("scale", float("nan")), WRONG),
+        (put_field("scale", "1"), WRONG),
+        (put_field("dropout", 1.0), WRONG),
+        (put_field("shape", [3]), WRONG),
+        (put_field("shape", ["3", "5"]), WRONG),
+        (put_field("rows", 2), WRONG),
+        (put_field("rows", 0), WRONG),
+        (put_field("rows", True), WRONG),
         (put_field("rows", 1), "0.miss_D does not fit its metadata"),
         (
-            lambda t, a: a["modules"]["1"].update(rows=1),
-            "metadata of module '1': not the settings of an adapter",
+            lambda t, a: a["adapters"]["1.miss_D"].update(rows=1),
+            "metadata of '1.miss_D': not the settings of an adapter",
         ),
         (put_field("shape", [30, 5]), "0.miss_D does not fit its metadata"),
+        (put_field("shape", [3, 5, 7]), "0.miss_D does not fit its metadata"),
         (put_field("scale", 2.0), "checksum"),
         (lambda t, a: a.update(version="0.0.1"), "checksum"),
         (lambda t, a: a.pop("sha256") and None, "checksum"),
@@ -330,7 +339,7 @@ def test_a_dtype_that_the_format_lacks(tmp_path: pathlib.Path, model: nn.Module)
     model.append(nn.Module())
     model[2].register_buffer("wide", torch.zeros(2, dtype=torch.complex128))
     with pytest.raises(
-        CheckpointError, match=r"the format cannot hold these tensors.*\n.*use \.pt"
+        CheckpointError, match=r"the format cannot hold these tensors.*\n.*use the suffix \.pt"
     ):
         save(model, tmp_path / "a.safetensors", extra="2")
     save(model, tmp_path / "a.pt", extra="2")
