@@ -5,7 +5,6 @@ computes with given weights; everything else follows.
 """
 
 import copy
-import pathlib
 import pickle
 import subprocess
 import sys
@@ -36,12 +35,13 @@ from miss import (
 from miss.layers.host import base_name, d_name
 from miss.tensors import positions
 from tests import reference
+from tests.installed import ENVIRONMENT, ROOT
 from tests.models import snapshot
 from tests.strategies import DTYPES, tolerance
 
-ROOT = pathlib.Path(__file__).parent.parent
 RUN = """
-import pickle, sys, torch
+import sys, torch
+sys.path.append(sys.argv[3])  # for the layer's own type
 layer, x, y = torch.load(sys.argv[1], weights_only=False)
 assert torch.equal(layer(x), y), "another output"
 import miss
@@ -311,8 +311,8 @@ class Battery:
             assert torch.equal(other(x), y)
         torch.save((layer, x, y), tmp_path / "layer")
         own = type(self.base()[0]).__name__
-        command = [sys.executable, "-c", RUN, str(tmp_path / "layer"), own]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        command = [sys.executable, "-c", RUN, str(tmp_path / "layer"), own, str(ROOT)]
+        run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
         assert run.returncode == 0, run.stderr
 
     @methods

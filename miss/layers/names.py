@@ -86,16 +86,16 @@ class TorchLayer(AdaptedLayer):
         >>> linear
         MiSSeLinear(in_features=6, out_features=4, bias=True, rank=2, scale=1.0, dropout=0.0)
         """
-        from miss.layers import refusal
+        from miss.layers import path_of, refusal  # the registry, which knows this class
 
         with at(type(layer).__name__):
             if isinstance(layer, AdaptedLayer):
                 raise StateError("is adapted already", do="miss.eject(layer) first")
             if type(layer) is not cls.miss_type:
-                expected = f"{cls.miss_type.__module__}.{cls.miss_type.__qualname__}"
-                rule = f"is not a {expected}" + " itself" * isinstance(layer, cls.miss_type)
-                kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-                raise TargetError(rule, expected=expected, actual=kind)
+                expected, actual = path_of(cls.miss_type), path_of(type(layer))
+                do = "miss.register(type, host) and miss.inject, for a type of your own"
+                rule = f"is not a {expected} itself"
+                raise TargetError(rule, expected=expected, actual=actual, do=do)
             if (reason := refusal(layer)) is not None:
                 raise StateError(reason)
             check_adapter_dtype(adapter_dtype)
