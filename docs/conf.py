@@ -59,10 +59,10 @@ html_theme_options = {
 def public_name(app, env, node, contnode):
     """A name in a docstring, as `inject` or `forward`, that is one of ours elsewhere.
 
-    It may be in another module, or in the layers' base class.
+    It may be in another module, or in what every adapted layer has.
     """
     python, page = env.domains["py"], node.get("refdoc")
-    for home in ("miss", "miss.AdaptedLayer"):
+    for home in ("miss", "miss.AdaptedLayer", "miss.forms"):
         target = f"{home}.{node.get('reftarget')}"
         found = python.resolve_xref(env, page, app.builder, "obj", target, node, contnode)
         if node.get("refdomain") == "py" and found is not None:
@@ -70,6 +70,15 @@ def public_name(app, env, node, contnode):
     return None
 
 
+def public_bases(app, name, obj, options, bases):
+    """In the place of a private base class, which has no page, that class's own bases."""
+    for base in list(bases):
+        if base.__name__.startswith("_"):
+            place = bases.index(base)
+            bases[place : place + 1] = base.__bases__
+
+
 def setup(app):
     """Extend Sphinx."""
     app.connect("missing-reference", public_name)
+    app.connect("autodoc-process-bases", public_bases)
