@@ -14,7 +14,15 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 from torch import Tensor, nn
 
 from miss import (
@@ -49,9 +57,7 @@ class Bag(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleDict(
-            {name: nn.Linear(size[1], size[0]) for name, size in SHAPES.items()}
-        )
+        self.layers = nn.ModuleDict({name: nn.Linear(*SHAPES[name][::-1]) for name in SHAPES})
         self.alias = self.layers["a"]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -109,7 +115,7 @@ class Life(RuleBasedStateMachine):
         for name in self.settings if bake else ():
             self.assert_rounded(self.layer(name).weight, *expected[name])
             assert name not in before or torch.equal(self.layer(name).weight, before[name])
-            for prefix in (f"layers.{name}", "alias")[: 1 + (name == "a")]:
+            for prefix in self.prefixes(name):
                 self.base[f"{prefix}.weight"] = self.layer(name).weight.detach().clone()
         assert not adapted_modules(self.model)
         self.settings, self.adapters, self.merged = {}, {}, set()
@@ -117,24 +123,29 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def merge(self):
+        if not self.settings:
+            with pytest.raises(StateError, match="merge: the model has no adapter"):
+                merge(self.model)
+            return
         expected = self.weights()
         errors = merge(self.model)
         assert set(errors) == {f"layers.{name}" for name in self.settings}
         for name in self.settings:
             self.assert_rounded(self.layer(name).weight, *expected[name])
             delta = expected[name][0] - self.base[f"layers.{name}.weight"].double()
-            lost = (
-                (self.layer(name).weight.double() - expected[name][0]).norm() / delta.norm()
-                if delta.any()
-                else 0.0
-            )
-            assert errors[f"layers.{name}"] == pytest.approx(float(lost), rel=1e-3, abs=1e-6)
+            lost = (self.layer(name).weight.double() - expected[name][0]).norm()
+            error = float(lost / delta.norm()) if delta.any() else 0.0
+            assert errors[f"layers.{name}"] == pytest.approx(error, rel=1e-3, abs=1e-6)
         self.merged = set(self.settings)
 
     @rule(name=st.sampled_from(sorted(SHAPES)))
     def merge_one(self, name: str):
-        assert bool(merge(self.layer(name))) == (name in self.settings)
-        self.merged |= {name} & set(self.settings)
+        if name not in self.settings:
+            with pytest.raises(StateError, match="merge: the model has no adapter"):
+                merge(self.layer(name))
+            return
+        assert list(merge(self.layer(name))) == [""]
+        self.merged.add(name)
 
     @rule()
     def unmerge(self):
@@ -158,10 +169,9 @@ class Life(RuleBasedStateMachine):
                 self.model.train()(self.x)
             return
         y = self.model.train()(self.x)
-        target = torch.Generator().manual_seed(seed)
-        loss = sum(
-            (out.float() * torch.randn(out.shape, generator=target)).sum() for out in y.values()
-        )
+        target, loss = torch.Generator().manual_seed(seed), torch.zeros(())
+        for out in y.values():
+            loss = loss + (out.float() * torch.randn(out.shape, generator=target)).sum()
         if self.contexts or not self.settings:
             return
         for d in adapter_parameters(self.model):
@@ -195,9 +205,8 @@ class Life(RuleBasedStateMachine):
         other: tuple[Settings, dict[str, Tensor]],
         weight: float,
     ):
-        if not one[1] or {k: d.shape for k, d in one[1].items()} != {
-            k: d.shape for k, d in other[1].items()
-        }:
+        shapes = [{key: d.shape for key, d in state.items()} for _, state in (one, other)]
+        if not one[1] or shapes[0] != shapes[1]:
             return multiple()
         total = combine([(one[1], weight), (other[1], 2.0)])
         for key, d in total.items():
@@ -245,6 +254,17 @@ class Life(RuleBasedStateMachine):
         self.leave_all()
         self.model = model
 
+    @precondition(lambda self: self.merged and self.merged == set(self.settings))
+    @rule()
+    def deploy(self):
+        """The state of a merged model is a plain model's."""
+        plain = Bag().to(self.x.dtype)
+        plain.load_state_dict(self.model.state_dict())
+        self.leave_all()
+        with torch.no_grad():
+            outputs, on = plain(self.x), self.model.eval()(self.x)
+        assert all(torch.equal(outputs[name], on[name]) for name in SHAPES)
+
     @rule()
     def load_base(self):
         state = self.model.state_dict()
@@ -256,10 +276,20 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def outputs_and_base_are_what_they_should_be(self):
-        state = self.model.state_dict()
+        state, on = self.model.state_dict(), self.weights()
+        own = {}
+        for name in self.merged:
+            own |= {f"{prefix}.weight": name for prefix in self.prefixes(name)}
         for key, tensor in self.base.items():
-            assert torch.equal(state[key], tensor), key
-        assert len(state) == len(self.base) + len(self.settings) + ("a" in self.settings)
+            if key in own:  # while merged, the sum
+                self.assert_rounded(state[key], *on[own[key]])
+                assert torch.equal(self.layer(own[key]).miss_base, tensor), key
+            else:
+                assert torch.equal(state[key], tensor), key
+        keys = set(self.base)
+        for name in set(self.settings) - self.merged:
+            keys |= {f"{prefix}.miss_D" for prefix in self.prefixes(name)}
+        assert set(state) == keys
         for name, d in self.adapters.items():
             assert torch.equal(self.layer(name).miss_D, d)
         assert {name for name in self.settings if self.layer(name).merged} == self.merged
@@ -279,6 +309,11 @@ class Life(RuleBasedStateMachine):
 
     def layer(self, name: str) -> nn.Linear:
         return self.model.layers[name]
+
+    @staticmethod
+    def prefixes(name: str) -> tuple[str, ...]:
+        """The names of a layer."""
+        return (f"layers.{name}", "alias") if name == "a" else (f"layers.{name}",)
 
     def leave_all(self):
         while self.contexts:
