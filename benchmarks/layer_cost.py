@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from measure import environment, interleaved, peak_bytes, ratios, require_extras, saved_bytes, table
 from miss import MiSSeLinear, MiSSLinear
-from miss.functional import misse_factors
+from miss.forms import MiSSe
 
 RANK = 64
 BASE, OURS, FORM, PEER, LORA = "base", "miss MiSSe", "miss MiSS", "PEFT MiSS", "PEFT LoRA"
@@ -77,7 +77,7 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
     misse, miss = MiSSeLinear.adopt_(twin(), RANK), MiSSLinear.adopt_(twin(), RANK)
     d = nn.init.normal_(misse.miss_D, std=0.01).detach()
     nn.init.normal_(miss.miss_D, std=0.01)
-    a, b = misse_factors(d, shape.in_features, shape.out_features)
+    a, b = MiSSe.factors(d, shape.in_features)
 
     peft_miss = wrapped(peft.MissConfig(r=RANK, target_modules=["layer"]))
     peft_miss.miss_block["default"].data = d.T.contiguous().clone()

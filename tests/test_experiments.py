@@ -33,7 +33,7 @@ from common.methods import (
     trained,
 )
 from common.runs import Estimate
-from miss import functional
+from miss.forms import MiSSe
 from tests.experiments import check_figures
 
 
@@ -87,11 +87,8 @@ def test_orthonormal_scale_gives_the_fixed_factor_unit_rows():
     for method, frozen in ((MISSE, lambda a, b: a), (MISS, lambda a, b: b.T)):
         model = adapt(Small(), method, 4, TARGETS, scale=methods.ORTHONORMAL)
         for layer in (model.body[0], model.body[2]):
-            if method == MISSE:
-                sizes = layer.in_features, layer.out_features
-                a, b = functional.misse_factors(layer.miss_D, *sizes)
-            else:
-                a, b = functional.miss_factors(layer.miss_D, layer.out_features)
+            config = layer.miss_configs["weight"]
+            a, b = layer.miss_form.factors(layer.miss_D, config.size)
             torch.testing.assert_close(layer.scale * frozen(a, b).norm(dim=1), torch.ones(4))
 
 
@@ -103,7 +100,7 @@ def test_random_signs_are_those_of_the_delta():
     signs = layer.weight[0] / old.weight[0]
     assert set(signs.tolist()) == {-1.0, 1.0}
     nn.init.normal_(layer.miss_D)
-    shared, own = functional.misse_factors(layer.miss_D, 12, 20)
+    shared, own = MiSSe.factors(layer.miss_D, 12)
     delta = own @ shared * signs
     expected = nn.functional.linear(BATCH[0], old.weight + delta, old.bias)
     torch.testing.assert_close(layer(BATCH[0]), expected)
