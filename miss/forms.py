@@ -31,6 +31,7 @@ class Form(ABC):
     name: ClassVar[str]  #: as `inject` takes it, and files hold it
     prefix: ClassVar[str]  #: of the names of the adapted classes
     axis: ClassVar[int]  #: 0 where the axis "out" is shared, 1 where "in" is
+    alternate: ClassVar[bool] = False  #: whether the blocks of the input alternate in sign
     peft: ClassVar[bool | str | None]  #: PEFT's name for the form, its ``init_weights``, if any
 
     @staticmethod

@@ -189,6 +189,27 @@ def test_a_registered_type_is_adapted_wherever_a_target_matches_it():
         inject(nn.Sequential(Under(6, 4)), "0", rank=2)
 
 
+class Masked(nn.Linear):
+    """Takes a second argument, which leaves outputs out."""
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(hidden)
+        return y if mask is None else y + mask
+
+
+def test_the_input_is_found_however_a_layer_is_called():
+    register(Masked, Forgetful)
+    torch.manual_seed(0)
+    layer, x, mask = Masked(6, 4), torch.randn(3, 6), torch.randn(4)
+    inject(layer, Masked, rank=2)
+    nn.init.normal_(layer.miss_D)
+    want = F.linear(x, layer.weight + layer.miss_delta_weight(), layer.bias)
+    for y in (layer(x), layer(hidden=x), layer(x, None), layer(mask=None, hidden=x)):
+        torch.testing.assert_close(y, want)
+    for y in (layer(x, mask), layer(mask=mask, hidden=x), layer(x, mask=mask)):
+        torch.testing.assert_close(y, want + mask)
+
+
 def test_a_registered_type_has_no_short_names():
     names = {"rank", "scale", "merged", "delta_weight", "reset_adapter", "alternate", "dropout"}
     own = set(dir(class_of(FakeQuantLinear, FakeQuantHost, miss.forms.MiSSe))) - set(
@@ -209,7 +230,7 @@ def test_short_names_can_only_be_read_but_scale():
     layer = MiSSeLinear(6, 4, 2)
     layer.scale = 3
     assert layer.miss_scale == layer.scale == 3.0
-    for name in ("rank", "merged", "delta_weight", "reset_adapter"):
+    for name in ("rank", "alternate", "merged", "delta_weight", "reset_adapter"):
         with pytest.raises(AttributeError, match=name):
             setattr(layer, name, 1)
         with pytest.raises(AttributeError, match=name):

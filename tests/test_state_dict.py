@@ -195,9 +195,9 @@ def test_a_marked_state_is_refused_by_a_fresh_adapter(method: str):
 def test_another_form_is_refused():
     square = lambda method: inject(nn.Sequential(nn.Linear(4, 4)), "0", rank=4, method=method)  # noqa: E731
     misse, miss = perturbed(square("misse")), square("miss")
-    with pytest.raises(StateError, match=r"(?s)0: D comes from another form.*'misse'"):
+    with pytest.raises(StateError, match=r"(?s)0: D comes from another form or sign.*'misse'"):
         miss.load_state_dict(misse.state_dict())
-    with pytest.raises(CheckpointError, match=r"(?s)D comes from another form.*'misse'"):
+    with pytest.raises(CheckpointError, match=r"(?s)D comes from another form or sign.*'misse'"):
         load_adapter_state_dict(miss, adapter_state_dict(misse))
     with pytest.raises(CheckpointError, match=r"0\.miss_D is of another form than in adapter 0"):
         combine([(adapter_state_dict(misse), 1.0), (adapter_state_dict(miss), 1.0)])

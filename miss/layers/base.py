@@ -4,6 +4,7 @@ A layer is adapted in place: its class becomes one that has `AdaptedLayer` befor
 type. The base computes by that type's ``forward``; the mixin adds the delta.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -80,6 +81,11 @@ class AdaptedLayer(_Mixin):
         self._miss_change(dropout=dropout)
 
     @property
+    def miss_alternate(self) -> bool:
+        """Whether the blocks of the input alternate in sign."""
+        return self.miss_form.alternate
+
+    @property
     def miss_merged(self) -> bool:
         """Whether the Parameters hold the sum of base and delta (see `miss.merge`)."""
         return any(base_name(parameter) in self._buffers for parameter in self._miss_configs)
@@ -144,22 +150,16 @@ class AdaptedLayer(_Mixin):
             StateError: the layer is merged, in training mode, and gradients are on: D would get none.
             ShapeError: the Parameter or D has been replaced by one of another shape.
         """
-        if self.miss_merged:
-            if self.training and torch.is_grad_enabled():
-                with at(type(self).__name__):
-                    raise is_merged("a training forward would give miss_D no gradient")
-            if self._miss_depth.count:
-                bases = {p: self.get_buffer(base_name(p)) for p in self._miss_configs}
-                return self.miss_host.with_weights(self, bases, args, kwargs)
-            return super().forward(*args, **kwargs)
+        if self._buffers and self.miss_merged:
+            return self._miss_merged_forward(args, kwargs)
         if self._miss_depth.count:
             return super().forward(*args, **kwargs)
-        self._miss_check_shapes()
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self._miss_seam_is_ours() and len(args) + len(kwargs) == 1:
+        x = args[0] if args else self._miss_input(kwargs)
+        if len(args) + len(kwargs) == 1 and self._miss_seam_is_ours():
             y = self.miss_host.fast(self, x)
             if y is not None:
                 return y
+        self._miss_check_shapes()
         return self.miss_delta(x, super().forward(*args, **kwargs))
 
     def extra_repr(self) -> str:
@@ -221,6 +221,15 @@ class AdaptedLayer(_Mixin):
             changed = replace(self._miss_only(), **settings)
         self.__dict__["_miss_configs"] = dict.fromkeys(self._miss_configs, changed)
 
+    def _miss_merged_forward(self, args: Any, kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            with at(type(self).__name__):
+                raise is_merged("a training forward would give miss_D no gradient")
+        if self._miss_depth.count:
+            bases = {p: self.get_buffer(base_name(p)) for p in self._miss_configs}
+            return self.miss_host.with_weights(self, bases, args, kwargs)
+        return super().forward(*args, **kwargs)
+
     def _miss_check_shapes(self) -> None:
         """A `ShapeError` if a Parameter or its D has been replaced by one of another shape."""
         for parameter, config in self._miss_configs.items():
@@ -232,6 +241,11 @@ class AdaptedLayer(_Mixin):
                     expected, actual = (config.shape, config.d_shape), (sizes, tuple(d_shape))
                     do = "miss.eject(model) before a layer is resized, and inject again after"
                     raise ShapeError(rule, expected=expected, actual=actual, do=do)
+
+    def _miss_input(self, kwargs: dict[str, Any]) -> Any:
+        """The layer's first argument, given by name."""
+        _, first, *_ = inspect.signature(self.miss_type.forward).parameters
+        return kwargs[first]
 
     def _miss_seam_is_ours(self) -> bool:
         ours = type(self).miss_delta is AdaptedLayer.miss_delta

@@ -78,6 +78,8 @@ def d_name(parameter: str) -> str:
     >>> d_name("weight"), d_name("in_proj_weight"), d_name("weight_ih_l0"), d_name("down_proj")
     ('miss_D', 'miss_D_in_proj', 'miss_D_ih_l0', 'miss_D_down_proj')
     """
+    if parameter == "weight":  # at once, since every forward asks
+        return "miss_D"
     return "_".join(["miss_D", *(part for part in parameter.split("_") if part != "weight")])
 
 

@@ -35,6 +35,8 @@ class LinearHost(Host):
         if layer.training and config.dropout:
             return None
         weight, bias, d = layer.weight, layer.bias, layer.miss_D
+        if weight.shape != config.shape or d.shape != config.d_shape:
+            return None
         if not fused.fits(x, weight, bias, d):
             return None
         linear = fused.misse_linear if config.form.axis else fused.miss_linear

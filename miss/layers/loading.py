@@ -18,7 +18,7 @@ KEY = "miss"  # of a module's entry in `_metadata`
 
 def metadata(form: type[Form], merged: bool) -> dict[str, Any]:
     """What the ``_metadata`` of a state says under ``"miss"``."""
-    return {"form": form.name, "alternate": False, "merged": merged}
+    return {"form": form.name, "alternate": form.alternate, "merged": merged}
 
 
 def about_of(state: Mapping[str, Tensor], key: str) -> dict[str, Any]:
@@ -29,9 +29,10 @@ def about_of(state: Mapping[str, Tensor], key: str) -> dict[str, Any]:
 
 def check_form(form: type[Form], about: Mapping[str, Any]) -> None:
     """A `StateError` where a D comes from another form than ``form``; what is absent is unknown."""
-    if about.get("form", form.name) != form.name or about.get("alternate", False):
-        expected = metadata(form, False)["form"]
-        raise StateError("D comes from another form", expected=expected, actual=dict(about))
+    own = {"form": form.name, "alternate": form.alternate}
+    theirs = {key: about.get(key, value) for key, value in own.items()}
+    if theirs != own:
+        raise StateError("D comes from another form or sign", expected=own, actual=theirs)
 
 
 def check(

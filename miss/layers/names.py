@@ -56,6 +56,7 @@ class TorchLayer(AdaptedLayer):
 
     rank = ShortName()
     scale = ShortName(settable=True)
+    alternate = ShortName()
     merged = ShortName()
     delta_weight = ShortName()
     reset_adapter = ShortName()
