@@ -41,42 +41,43 @@ def inject(
 ) -> Model:
     """Adapt the layers that ``targets`` names, in place: each gets another class and a zero D.
 
-    An `nn.Linear` becomes a `MiSSeLinear` or a `MiSSLinear`; types of your own can be registered
-    (`register`). The model computes what it did before until D is trained. Layers keep their
-    identity, parameters, hooks, attributes, device, dtype and mode; every key of the base
-    `state_dict` stays, and each adapted layer gains ``miss_D``. On an error the model is unchanged.
+    An `nn.Linear` becomes a `MiSSeLinear` or a `MiSSLinear`; `register` adds layer types of your
+    own. Until D is trained, the model computes what it did before. Layers keep their identity,
+    parameters, hooks, attributes, device, dtype and mode. Every key of the base `state_dict` stays,
+    and each adapted layer gains ``miss_D``. On an error the model is unchanged.
 
     Args:
         model: any module; a lone layer can be adapted too.
         targets: what to adapt. A `str` matches a whole dotted name or its last components
-            (``"q_proj"``, ``"self_attn.q_proj"``); one with ``*``, ``?`` or ``[`` is a glob over the
-            whole name; ``"all-linear"`` is every linear layer, except the output head that
-            ``model.get_output_embeddings()`` names and the modules in ``trainable``. Also a compiled
-            pattern (it matches the whole name), a module type, a ``callable(name, module) -> bool``,
-            or an iterable of these. A string may name a Parameter of two or more axes, by its whole
-            name or by at least its module's name and its own (``"fc.weight"``): the one weight of a
-            layer means the layer, one of several that Parameter alone.
-        rank: from 1 to ``in_features`` (``"misse"``) or ``out_features`` (``"miss"``) of each layer.
+            (``"q_proj"``, ``"self_attn.q_proj"``). A `str` with ``*``, ``?`` or ``[`` is a glob
+            over the whole name. ``"all-linear"`` is every linear layer, except the output head that
+            ``model.get_output_embeddings()`` returns and the modules in ``trainable``. A target can
+            also be a compiled pattern, which must match the whole name, a module type, a
+            ``callable(name, module) -> bool``, or an iterable of these. A `str` may also name a
+            Parameter of two or more axes, by its whole name or at least by its module's name and
+            its own (``"fc.weight"``). The only weight of a layer stands for the layer; one of
+            several weights is adapted alone.
+        rank: from 1 to each layer's ``in_features`` (``"misse"``) or ``out_features`` (``"miss"``).
         method: ``"misse"`` (input blocks share D) or ``"miss"`` (output shards share D).
         scale: factor of the delta.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter in training mode.
-        adapter_dtype: dtype of D; by default the weight's, or float32 where that is half precision.
-        exclude: what not to adapt, in the forms of ``targets``; a module stands for all that it
-            contains. It wins over ``targets``.
-        trainable: modules, in the same forms, with all that they contain, that are not to be frozen,
-            such as a new head. Their flags stay as they are.
-        freeze: the first call on a model freezes every parameter outside adapters and ``trainable``;
-            a later call only those of the layers that it adapts. False touches no flag.
+        adapter_dtype: dtype of D; by default the weight's, or float32 if that is half precision.
+        exclude: what not to adapt, in the forms of ``targets``. A module stands for all that it
+            contains. ``exclude`` wins over ``targets``.
+        trainable: modules that are not frozen, such as a new head, in the forms of ``targets``. A
+            module stands for all that it contains. Their ``requires_grad`` flags stay as they are.
+        freeze: the first call on a model freezes every parameter outside adapters and
+            ``trainable``. A later call freezes only those of the layers that it adapts. False
+            changes no flag.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TargetError: a target matches nothing, or by its name what cannot be adapted.
+        TargetError: a target matches nothing, or names what cannot be adapted.
         ShapeError: ``rank``, ``method``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its
             rule.
-        StateError: what is matched is adapted already; DistributedDataParallel or FSDP wraps the
-            model.
+        StateError: a match is adapted already, or DistributedDataParallel or FSDP wraps the model.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> inject(model, "0", rank=4)[0]
@@ -106,7 +107,7 @@ def inject(
 
 
 def candidates(tree: Tree) -> dict[int, str | None]:
-    """By id, each module of an adaptable type or that looks linear: why it cannot be adapted, or None."""
+    """By id, why each module that looks linear or has a host cannot be adapted; None if it can."""
     read = read_weights(tree)
     reasons = {}
     for module in tree.unique:
@@ -118,7 +119,7 @@ def candidates(tree: Tree) -> dict[int, str | None]:
 def adopt_all_(
     tree: Tree, plan: list[Adapter], trainable: Iterable[nn.Module], freeze: bool
 ) -> None:
-    """The part of `inject` that changes the model, and does not fail: flags, classes, hooks."""
+    """Set flags, classes and hooks: the part of `inject` that changes the model and cannot fail."""
     if freeze:
         kept = {id(p) for module in trainable for p in module._parameters.values()}
         for layer in tree.adapted.values():
@@ -137,22 +138,22 @@ def adopt_all_(
 def eject(model: Model, *, merge: bool = False) -> Model:
     """Take the adapters out, in place: each adapted layer is of its own type again.
 
-    It has the parameters that it had. ``requires_grad`` flags stay as they are. A model without
-    adapters is left alone.
+    Each layer keeps the parameters that it had before injection. ``requires_grad`` flags stay as
+    they are. A model without adapters is left alone.
 
     Args:
         model: a model, or a part of one.
-        merge: leave each delta in its weight, as `merge` does, but keep no copy of the base weight,
-            so that running out of memory on the way leaves some layers done. Otherwise the weights
-            are the base's again, even when the model is merged.
+        merge: leave each delta in its weight, as `merge` does, except that no copy of the base
+            weight is kept. So if memory runs out on the way, some deltas stay in their weights. If
+            False, the weights are the base's again, even when the model is merged.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        StateError: the class of an adapted layer was replaced after injection; the model is sharded,
-            or wrapped by DistributedDataParallel; or, with ``merge``, a layer cannot be merged, or,
-            without, one cannot be unmerged. Nothing is ejected then.
+        StateError: the class of an adapted layer was replaced after injection; the model is
+            sharded, or wrapped by DistributedDataParallel; a layer cannot be merged (with
+            ``merge``) or unmerged (without it). Nothing is ejected then.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))
     >>> eject(inject(model, "0", rank=4))[0]
@@ -182,7 +183,7 @@ def eject(model: Model, *, merge: bool = False) -> Model:
 
 
 def _check_unadapted(site: Site, method: str) -> None:
-    """A `StateError` if a Parameter, or its layer in another form, is adapted already."""
+    """Raise a `StateError` if a Parameter, or its layer in another form, is adapted already."""
     layer = site.module
     if not isinstance(layer, AdaptedLayer):
         return
@@ -194,7 +195,7 @@ def _check_unadapted(site: Site, method: str) -> None:
         raise StateError(rule, expected=f"method={layer.miss_form.name!r}", actual=actual)
     if layer.miss_merged:
         raise StateError(
-            "is merged: another of its Parameters cannot be adapted", do="miss.unmerge"
+            "is merged: another of its Parameters cannot be adapted", do="miss.unmerge(model) first"
         )
 
 
@@ -211,7 +212,7 @@ def _class_for(module: nn.Module, method: str) -> type[AdaptedLayer]:
 
 
 def _check_class(layer: AdaptedLayer) -> None:
-    """A `StateError` unless `swap_back_` knows the way back from the class of a layer."""
+    """Raise a `StateError` unless `swap_back_` can restore the layer's own class."""
     own = type(layer)
     if own is not class_of(layer.miss_type, layer.miss_host, layer.miss_form):
         expected = class_of(layer.miss_type, layer.miss_host, layer.miss_form).__name__

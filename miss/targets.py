@@ -47,7 +47,7 @@ class Hits(NamedTuple):
 
     modules: dict[int, nn.Module]
     parameters: dict[tuple[int, str], str]
-    left: list[str]  # Parameters whose last component is the target, which means modules
+    left: dict[str, int]  # Parameters whose last component is the target; the ids of their modules
 
 
 def select(
@@ -81,8 +81,7 @@ def select(
     wanted = _listed(targets, "targets")
     if not wanted:
         with at("targets"):
-            rule = "must name at least one module"
-            raise TargetError(rule, expected=FORMS, actual=repr(targets))
+            raise TargetError("must name at least one module", expected=FORMS, actual=repr(targets))
     for target in wanted:
         hits = _hits(tree, target, tree.head | {id(module) for module in trained})
         refused = {key: why for key in hits.modules if (why := candidates.get(key)) is not None}
@@ -99,18 +98,16 @@ def select(
             if key[0] not in excluded and key not in excluded_parameters:
                 adapt[key] = site
         skipped.update((key, (hits.modules[key], refused[key])) for key in meant)
-        if hits.modules and hits.left:
+        left = [full for full, key in hits.left.items() if key not in excluded]
+        if hits.modules and left:
             text = f"target {target!r} means modules; Parameters of that name are not adapted: "
-            warnings.warn(text + ", ".join(hits.left), UserWarning, stacklevel=3)
+            warnings.warn(text + ", ".join(left), UserWarning, stacklevel=3)
     if not adapt:
         with at("exclude"):
             rule = "nothing is left to adapt: exclude covers all that targets match"
             raise TargetError(rule, actual=f"targets={targets!r}, exclude={exclude!r}")
-    return Selection(
-        adapt=sorted(adapt.values(), key=lambda site: (site.name, site.parameter)),
-        skipped=list(skipped.values()),
-        trainable=trained,
-    )
+    sites = sorted(adapt.values(), key=lambda site: (site.name, site.parameter))
+    return Selection(sites, list(skipped.values()), trained)
 
 
 def modules_of(tree: Tree, targets: Targets, argument: str) -> list[nn.Module]:
@@ -140,7 +137,7 @@ def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, st
         if not hits.modules and not hits.parameters:
             with at("exclude"):
                 if hits.left:
-                    raise _only_parameters(target, hits.left)
+                    raise _only_parameters(target, list(hits.left))
                 raise _nothing(target, names, f"{_shown(target)} ")
         tops += hits.modules.values()
         parameters |= set(hits.parameters)
@@ -152,7 +149,7 @@ def _hits(tree: Tree, target: Target, not_linear: set[int]) -> Hits:
     matches = _matcher(target, not_linear)
     modules = {id(e.module): e.module for e in tree.entries if matches(e.name, e.module)}
     parameters: dict[tuple[int, str], str] = {}
-    left: list[str] = []
+    left: dict[str, int] = {}
     if isinstance(target, str) and _is_plain(target):
         for name, module, _ in tree.entries:
             for key, parameter in module._parameters.items():
@@ -162,7 +159,7 @@ def _hits(tree: Tree, target: Target, not_linear: set[int]) -> Hits:
                 if full == target or ("." in target and full.endswith(f".{target}")):
                     parameters.setdefault((id(module), _first_key(module, parameter)), full)
                 elif key == target and id(module) not in modules:
-                    left.append(full)
+                    left[full] = id(module)
     return Hits(modules, parameters, left)
 
 
@@ -252,16 +249,15 @@ def _no_match(
             held += [joined(tree.first[key], p) for p in _weights(module)]
         own = f"; their Parameters are {', '.join(map(repr, held[:5]))}" if held else ""
         rule = "matches no torch.nn.Linear and no layer of a registered type"
-        do = "miss.register(type, host) makes a type of your own adaptable"
+        do = "miss.register(type, host), for a type of your own"
         return TargetError(rule, expected=_nearest(target, names), actual=kinds + own, do=do)
     if hits.left:
-        return _only_parameters(target, hits.left)
+        return _only_parameters(target, list(hits.left))
     others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]
     if not names and others:
         kinds = ", ".join(sorted({type(module).__name__ for module in others}))
-        return TargetError(
-            "matches nothing", actual=f"linear layers that cannot be adapted: {kinds}"
-        )
+        actual = f"linear layers that cannot be adapted: {kinds}"
+        return TargetError("matches nothing", actual=actual)
     return _nothing(target, names)
 
 
@@ -298,9 +294,8 @@ def _nearest(target: Target, names: list[str]) -> str | None:
     if isinstance(pattern, str):
         depth = pattern.count(".") + 1
         endings = [".".join(name.split(".")[-depth:]) for name in names]
-        near = difflib.get_close_matches(
-            pattern, dict.fromkeys([ALL_LINEAR, *endings, *names]), n=3
-        )
+        choices = dict.fromkeys([ALL_LINEAR, *endings, *names])
+        near = difflib.get_close_matches(pattern, choices, n=3)
     if near:
         return f"a name in the model: did you mean {' or '.join(map(repr, near))}?"
     return f"a name in the model, such as {', '.join(map(repr, names[:5]))}" if names else None

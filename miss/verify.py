@@ -50,8 +50,8 @@ def _verify(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     missed = [named(name) for name in adapted if name not in called]
     if missed:
         rule = f"{len(missed)} of {len(adapted)} adapters were not called"
-        do = "leave them out with exclude, or call the layer where its weight is read; "
-        do += "an input may also not reach them"
+        do = "leave them out with exclude; call the layer where its weight is read; or give an "
+        do += "input that reaches them"
         raise StateError(rule, actual=", ".join(missed), do=do)
 
 

@@ -151,6 +151,7 @@ def test_parameters_of_the_name_of_modules_are_named_in_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(adapted(["mlp.down_proj", "up_proj", "mixer"])) == 6
+        assert len(adapted("down_proj", exclude="experts")) == 2
 
 
 def test_a_later_call_adds_a_second_parameter_in_the_same_form():

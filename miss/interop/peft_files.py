@@ -41,7 +41,7 @@ def adapted(tree: Tree) -> dict[str, AdaptedLayer]:
             with at(name):
                 kind = layer.miss_type.__name__
                 rule = f"is a {kind}, of which nothing is known to PEFT; it adapts torch.nn.Linear"
-                raise StateError(rule, do="miss.save writes it")
+                raise StateError(rule, do="miss.save(model, path)")
     return layers
 
 
