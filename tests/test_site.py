@@ -15,9 +15,10 @@ import zlib
 import pytest
 import torch
 
+import miss
+from tests.installed import ENVIRONMENT, ROOT
 from tests.public_api import public
 
-ROOT = pathlib.Path(__file__).parent.parent
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PAGES = {str(path.relative_to(ROOT)): path for path in FILES}
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*)\n((?:.*\n)*?)^\1\2 *$", re.MULTILINE)
@@ -43,6 +44,8 @@ def test_code_of_a_page_runs_as_shown(
     page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
+    # What a page registers is forgotten after it.
+    monkeypatch.setattr(miss.layers, "_HOSTS", dict(miss.layers._HOSTS))
     # One for all blocks; in sys.modules, so that pickle finds the classes of the page.
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
@@ -68,6 +71,15 @@ def test_no_code_of_a_page_goes_unrun(page: str):
 def test_the_tests_that_a_page_names_exist(page: str):
     for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGES[page].read_text()):
         assert f"def {name}" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
+def test_the_contributing_page_lists_the_rooms_of_the_package():
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    table = page.partition("| room | what is in it |")[2].partition("\n\n")[0]
+    listed = re.findall(r"^\| `([\w/]+)` \|", table, re.MULTILINE)
+    files = [path.relative_to(ROOT / "miss") for path in (ROOT / "miss").rglob("*.py")]
+    rooms = {str(path.with_suffix("")).removesuffix("/__init__") for path in files}
+    assert sorted(listed) == sorted(rooms - {"__init__", "interop"})
 
 
 def test_links_of_the_readme_lead_somewhere():
@@ -104,7 +116,7 @@ def test_the_site_builds_without_a_warning_and_needs_no_other_host(tmp_path: pat
     site = tmp_path / "site"
     strict = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q"]
     strict += ["-b", "html", "docs", str(site)]
-    build = subprocess.run(strict, capture_output=True, text=True, cwd=ROOT)
+    build = subprocess.run(strict, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert build.returncode == 0, build.stderr
 
     _, _, _, _, content = (site / "objects.inv").read_bytes().split(b"\n", 4)
