@@ -29,8 +29,9 @@ napoleon_custom_sections = ["Shape"]
 napoleon_use_ivar = True
 napoleon_use_param = False  # one line may describe several parameters
 napoleon_use_rtype = False
-# Names of torch, Python and others, which have no page here, and type variables.
+# Names of torch, Python and others, which have no page here, type variables, and internal names.
 nitpick_ignore_regex = [
+    ("py:obj", r"at"),
     ("py:.*", r"(nn|torch|typing|os|re|collections|peft)\..*"),
     ("py:.*", r"(miss\..*\.)?(Model|Self)"),
     ("py:.*", r"Any|Callable|Iterable|Iterator|Linear|Mapping|Module|NamedTuple|Parameter"),
