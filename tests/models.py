@@ -76,11 +76,10 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     """
     state: dict[str, object] = {"keys": list(model.state_dict())}
     for name, module in model.named_modules(remove_duplicate=False):
-        plain = {
-            k: v
-            for k, v in module.__dict__.items()
-            if not k.startswith("_") or k.startswith("_miss")
-        }
+        plain = {}
+        for key, value in module.__dict__.items():
+            if not key.startswith("_") or key.startswith("_miss"):
+                plain[key] = value
         state[name] = (
             type(module),
             id(module),

@@ -15,21 +15,24 @@ def shard_sizes(out_features: int, shards: int) -> list[int]:
     return sizes
 
 
+def shard_of(out_features: int, shards: int) -> list[int]:
+    """For each row, the number of its shard."""
+    rows: list[int] = []
+    for shard, size in enumerate(shard_sizes(out_features, shards)):
+        rows += [shard] * size
+    return rows
+
+
 def delta(method: str, d: Tensor, out_features: int, in_features: int) -> Tensor:
     """The dense delta at scale 1, entry by entry."""
-    if method == "misse":  # column c is D[:, c mod r]
-        rank = d.shape[1]
-        return torch.stack(
-            [torch.stack([d[o, c % rank] for c in range(in_features)]) for o in range(out_features)]
-        )
-    shard_of = [
-        shard
-        for shard, size in enumerate(shard_sizes(out_features, d.shape[0]))
-        for _ in range(size)
-    ]
-    return torch.stack(
-        [torch.stack([d[shard_of[o], c] for c in range(in_features)]) for o in range(out_features)]
-    )
+    shard = shard_of(out_features, d.shape[0])
+    dense = []
+    for o in range(out_features):
+        row = []
+        for c in range(in_features):
+            row.append(d[o, c % d.shape[1]] if method == "misse" else d[shard[o], c])
+        dense.append(torch.stack(row))
+    return torch.stack(dense)
 
 
 def delta_of(method: str, d: Tensor, shape: tuple[int, ...], axes: tuple[int, int]) -> Tensor:
@@ -45,16 +48,14 @@ def factor(method: str, rank: int, out_features: int, in_features: int) -> Tenso
     It is A, ``(r, in)``, of MiSSe, or B, ``(out, r)``, of MiSS.
     """
     if method == "misse":
-        return torch.tensor(
-            [[float(c % rank == j) for c in range(in_features)] for j in range(rank)],
-            dtype=torch.float64,
-        )
-    shard_of = [
-        shard for shard, size in enumerate(shard_sizes(out_features, rank)) for _ in range(size)
-    ]
-    return torch.tensor(
-        [[float(shard == j) for j in range(rank)] for shard in shard_of], dtype=torch.float64
-    )
+        a = torch.zeros(rank, in_features, dtype=torch.float64)
+        for c in range(in_features):
+            a[c % rank, c] = 1
+        return a
+    b = torch.zeros(out_features, rank, dtype=torch.float64)
+    for o, shard in enumerate(shard_of(out_features, rank)):
+        b[o, shard] = 1
+    return b
 
 
 def sharded(method: str, x: Tensor, d: Tensor, out_features: int) -> Tensor:

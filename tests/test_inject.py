@@ -163,11 +163,9 @@ def test_repeated_calls():
 def test_freezing():
     model = inject(Decoder(), "q_proj", rank=2, trainable=nn.LayerNorm)
     flags = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert flags == {
-        f"layers.{k}.{name}"
-        for k in (0, 1)
-        for name in ("norm.weight", "norm.bias", "self_attn.q_proj.miss_D")
-    }
+    trained = ("norm.weight", "norm.bias", "self_attn.q_proj.miss_D")
+    first = {f"layers.0.{name}" for name in trained}
+    assert flags == first | {f"layers.1.{name}" for name in trained}
     model.layers[0].mlp.requires_grad_(True)  # a user's own choice between two calls stays
     inject(model, "layers.0.mlp.0", rank=2)
     now = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -365,10 +363,8 @@ def test_devices_dtypes_and_inference_mode():
     model.to_empty(device="cpu")
     assert not any(d.any() for d in adapter_parameters(model))
     for dtype in (torch.bfloat16, torch.float16):
-        assert all(
-            d.dtype == torch.float32
-            for d in adapter_parameters(inject(Decoder().to(dtype), "q_proj", rank=2))
-        )
+        ds = adapter_parameters(inject(Decoder().to(dtype), "q_proj", rank=2))
+        assert {d.dtype for d in ds} == {torch.float32}
     (d, _) = adapter_parameters(inject(Decoder().double(), "q_proj", rank=2))
     assert d.dtype == torch.float64
     model = inject(Decoder(), "q_proj", rank=2, adapter_dtype=torch.float16)

@@ -109,10 +109,9 @@ def test_inside_and_holding():
     mlp = model.layers[0].mlp
     assert set(tree.inside([mlp])) == {id(module) for module in mlp.modules()}
     assert tree.inside([model]).keys() == {id(module) for module in model.modules()}
-    alias = {
-        id(m) for m in (model, model.layers, model.layers[1], model.layers[1].mlp, model.alias)
-    }
-    assert tree.holding([model.alias]) == alias
+    last = model.layers[1]
+    holders = (model, model.layers, last, last.mlp, model.alias)
+    assert tree.holding([model.alias]) == {id(module) for module in holders}
     assert tree.holding([]) == set()
     assert tree.first[id(model.alias)] == "layers.1.mlp.2"
     assert tree.modules["alias"] is model.alias
