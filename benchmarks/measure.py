@@ -95,23 +95,20 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, A
 def environment() -> dict[str, object]:
     """Where and with what a benchmark ran."""
     names = ("torch", "einops", "peft", "loralib", "transformers", "scipy", "reasoning_gym")
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-    ]
-    described = subprocess.run(git, capture_output=True, text=True)
     return {
-        "commit": described.stdout.strip() or None,
+        "commit": commit(Path(__file__).parent),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names if any(distributions(name=name))},
     }
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of the checkout that ``folder`` is in, or None."""
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    described = subprocess.run(git, capture_output=True, text=True)
+    return described.stdout.strip() or None
 
 
 def _processor() -> str:
