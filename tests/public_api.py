@@ -8,24 +8,17 @@ import pathlib
 import types
 
 import miss
-from miss import AdaptedLayer
-from miss.summary import LayerSummary
 from miss.checkpoint import IncompatibleKeys
+from miss.forms import LayerConfig
+from miss.layers.names import ShortName, TorchLayer
+from miss.summary import LayerSummary
 
 SNAPSHOT = pathlib.Path(__file__).parent / "public_api.txt"
-# Beside the names in `__all__`: the base class of the layers, and what public functions return.
-BESIDE = (AdaptedLayer, IncompatibleKeys, LayerSummary)
+# Beside the names in `__all__`: the base class of the package's own layers, and what public
+# functions and attributes return.
+BESIDE = (IncompatibleKeys, LayerConfig, LayerSummary, TorchLayer)
 # Methods that the rest of the package uses, and nobody else should.
-INTERNAL = {
-    "adapter_shape",
-    "check_rank",
-    "dense",
-    "extra_repr",
-    "new_adapter",
-    "swap_",
-    "swap_back_",
-}
-INTERNAL |= {"add_delta", "expand", "fused"}
+INTERNAL = {"extra_repr", "fields", "from_fields"}
 
 
 def public() -> dict[str, object]:
@@ -42,16 +35,11 @@ def public() -> dict[str, object]:
                 rooms.append(value)
     for name, value in list(found.items()):
         if inspect.isclass(value):
-            members = [
-                (key, getattr(value, key))
-                for key in vars(value)
-                if not key.startswith("_") and key not in INTERNAL
-            ]
-            found |= {
-                f"{name}.{key}": each
-                for key, each in members
-                if inspect.isroutine(each) or isinstance(each, property)
-            }
+            for key in vars(value):
+                member = getattr(value, key)
+                known = inspect.isroutine(member) or isinstance(member, property)
+                if known and not key.startswith("_") and key not in INTERNAL:
+                    found[f"{name}.{key}"] = member
     return dict(sorted(found.items()))
 
 
@@ -61,15 +49,28 @@ def signature(value: object) -> str:
         return ": module"
     if isinstance(value, property):
         returns = inspect.signature(value.fget).return_annotation
-        return f": property -> {inspect.formatannotation(returns)}"
+        assigned = ", can be assigned" if value.fset else ""
+        return f": property -> {inspect.formatannotation(returns)}{assigned}"
     if inspect.isclass(value) and issubclass(value, Exception):
         return f": exception, {', '.join(base.__name__ for base in value.__bases__)}"
     return str(inspect.signature(value))
 
 
+def short_names() -> dict[str, str]:
+    """The short names of the package's own layers, which are descriptors: what each stands for."""
+    found = {}
+    for name, value in vars(TorchLayer).items():
+        if isinstance(value, ShortName):
+            assigned = ", can be assigned" if value.settable else ""
+            home = f"{TorchLayer.__module__}.{TorchLayer.__qualname__}"
+            found[f"{home}.{name}"] = f": short for miss_{name}{assigned}"
+    return found
+
+
 def snapshot() -> str:
     """One line for each public name."""
-    return "".join(f"{name}{signature(value)}\n" for name, value in public().items())
+    lines = {name: signature(value) for name, value in public().items()} | short_names()
+    return "".join(f"{name}{lines[name]}\n" for name in sorted(lines))
 
 
 if __name__ == "__main__":

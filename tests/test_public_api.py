@@ -12,16 +12,18 @@ from torch import Tensor
 
 import miss
 from miss import AdaptedLayer
+from miss.layers.names import TorchLayer
 from tests.public_api import SNAPSHOT, public, snapshot
 
 CALLABLES = {
     name: value for name, value in public().items() if not isinstance(value, types.ModuleType)
 }
-# Errors have nothing to say of these, and the docstrings of the layers speak for their base class.
+# Errors have nothing to say of these, and the docstrings of the layers speak for their bases.
 CALLABLES = {
     name: value
     for name, value in CALLABLES.items()
-    if value is not AdaptedLayer and not (inspect.isclass(value) and issubclass(value, Exception))
+    if value not in (AdaptedLayer, TorchLayer)
+    and not (inspect.isclass(value) and issubclass(value, Exception))
 }
 
 
@@ -41,11 +43,11 @@ def plain(function: object) -> object:
 def code_of(function: object) -> Iterator[types.CodeType]:
     """The code of a function, a property or a class's constructor, with what is defined inside.
 
-    What dataclasses write is left out.
+    Of a dataclass that is its ``__post_init__``; what dataclasses write is left out.
     """
-    code = getattr(
-        plain(function.__init__ if inspect.isclass(function) else function), "__code__", None
-    )
+    if inspect.isclass(function):
+        function = getattr(function, "__post_init__", function.__init__)
+    code = getattr(plain(function), "__code__", None)
     pending = [code] if code and code.co_filename.endswith(".py") else []
     while pending:
         code = pending.pop()
