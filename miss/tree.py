@@ -1,4 +1,4 @@
-"""`Tree`: a model walked once. Names, first names, adapters, the output head, and what shards it."""
+"""`Tree` walks a model once: its names, first names, adapters, output head, and what shards it."""
 
 import sys
 from collections import Counter
@@ -20,7 +20,7 @@ MOST_NAMES = 1000  # of one module; modules that refer to each other have names 
 
 
 class Entry(NamedTuple):
-    """A module under one of its names; ``parent`` is the place of its parent's entry, -1 for none."""
+    """A module under one of its names; ``parent`` is the index of its parent's entry, or -1."""
 
     name: str
     module: nn.Module
@@ -78,7 +78,7 @@ class Tree:
         above.remove(id(module))
 
     def _wrapped(self, module: nn.Module) -> str | None:
-        """The name under which a transparent wrapper keeps its module; None for any other module."""
+        """The attribute in which a transparent wrapper keeps its module; None for other modules."""
         if not isinstance(module, tuple(self._wrappers)):
             return None
         return next(key for kind, key in self._wrappers.items() if isinstance(module, kind))
@@ -95,11 +95,11 @@ class Tree:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """By each name its module; of a wrapper and what it wraps, the latter."""
+        """The module of each name; a wrapper's name stands for the module that it wraps."""
         return {entry.name: entry.module for entry in self.entries}
 
     def of_type(self, kind: type[M]) -> dict[str, M]:
-        """The modules of a type, each once, by first name; of a wrapper and its module, the module."""
+        """The modules of a type, each once, by first name; in place of a wrapper its module."""
         return {self.first[id(m)]: m for m in self.unique if isinstance(m, kind)}
 
     @property
@@ -116,13 +116,13 @@ class Tree:
 
     @cached_property
     def places(self) -> Counter[int]:
-        """In how many places the modules of the model hold each one, by id."""
+        """By id, in how many places the modules of the model hold each module."""
         held = (child for module in self.unique for child in module._modules.values())
         return Counter(id(child) for child in held)
 
     @cached_property
     def head(self) -> set[int]:
-        """The module that ``model.get_output_embeddings()`` names, by id; empty if there is none."""
+        """The id of what ``model.get_output_embeddings()`` returns; empty if that is no module."""
         ask = getattr(self.root, "get_output_embeddings", None)
         head = ask() if callable(ask) else None
         return {id(head)} if isinstance(head, nn.Module) else set()
@@ -147,23 +147,26 @@ class Tree:
 
     @cached_property
     def sharder(self) -> str | None:
-        """What shards Parameters of the model: FSDP1, FSDP2 or a parallel plan; None if nothing does."""
-        fsdp1 = _loaded("torch.distributed.fsdp.fully_sharded_data_parallel", _FSDP1)
-        fsdp2 = _loaded("torch.distributed.fsdp", "FSDPModule")
+        """What shards Parameters of the model: FSDP1, FSDP2 or a parallel plan; else None."""
+        if (name := self._made_by(_SHARDERS)) is not None:
+            return name
+        if any(map(is_managed, self.unique)) or _inside_fsdp2(self.unique):
+            return "FSDP, of which this is a part"
         for module in self.unique:
-            if isinstance(module, fsdp1):
-                return "FullyShardedDataParallel"
-            if isinstance(module, fsdp2):
-                return "fully_shard"
-        for module in self.unique:
-            if is_managed(module):
-                return "FSDP, of which this is a part"
             if any(map(is_dtensor, module._parameters.values())):
                 return "a parallel plan (DTensors)"
         return None
 
+    def _made_by(self, makers: dict[str, tuple[str, str]]) -> str | None:
+        """The first of ``makers``, types by name, that a module of the model is an instance of."""
+        for name, (home, kind) in makers.items():
+            made = _loaded(home, kind)
+            if any(isinstance(module, made) for module in self.unique):
+                return name
+        return None
+
     def refuse_sharded(self) -> None:
-        """A `StateError` if something shards the model: a write could go to a transient copy."""
+        """Raise a `StateError` if the model is sharded: a write could go to a transient copy."""
         if self.sharder is not None:
             rule = f"the model is sharded by {self.sharder}, and its tensors may be parts or copies"
             do = "do it before the model is sharded; or take the adapters out of a full state dict"
@@ -173,24 +176,43 @@ class Tree:
             raise StateError(rule, do=do)
 
     def refuse_wrapped(self) -> None:
-        """A `StateError` if DistributedDataParallel or FSDP wraps the model or a part of it.
+        """Raise a `StateError` if DistributedDataParallel or FSDP wraps the model or a part of it.
 
-        They have taken note of the Parameters, and would not see others.
+        They keep a list of the Parameters, and would not see new ones.
         """
-        ddp = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in self.unique)
         sharder = None if self.sharder and "DTensor" in self.sharder else self.sharder
-        wrapper = "DistributedDataParallel" if ddp else sharder
+        wrapper = self._made_by(_REPLICAS) or sharder
         if wrapper is not None:
             rule = f"the model is wrapped by {wrapper}, which knows the Parameters it was given"
             raise StateError(rule, do="inject, load or eject first, then wrap")
 
 
 _FSDP1 = "FullyShardedDataParallel"
+_SHARDERS = {
+    _FSDP1: ("torch.distributed.fsdp.fully_sharded_data_parallel", _FSDP1),
+    "replicate": ("torch.distributed._composable.replicate_with_fsdp", "ReplicateModule"),
+    "fully_shard": ("torch.distributed.fsdp", "FSDPModule"),
+}
+_REPLICAS = {
+    "DistributedDataParallel": ("torch.nn.parallel", "DistributedDataParallel"),
+    "replicate": ("torch.distributed._composable.replicate", "DDP"),
+}
 
 
 def _loaded(home: str, name: str) -> Any:
-    """A type that is costly to import; if its module was never loaded, nothing is an instance."""
+    """A type that is costly to import; ``()`` if nothing loaded it, so that it has no instance."""
     return getattr(sys.modules.get(home), name, ())
+
+
+def _inside_fsdp2(modules: Iterable[nn.Module]) -> bool:
+    """Whether a model that ``fully_shard`` or ``replicate`` made holds one of ``modules``.
+
+    ``replicate`` leaves no mark on the parts of its model.
+    """
+    fsdp2, own = _loaded(*_SHARDERS["fully_shard"]), set(map(id, modules))
+    tops = list(_loaded("torch.distributed._composable_state", "_module_state_mapping"))
+    held = (set(map(id, top.modules())) for top in tops if isinstance(top, fsdp2))
+    return any(own & inner for inner in held)
 
 
 def _wrappers() -> dict[type, str]:
@@ -201,7 +223,7 @@ def _wrappers() -> dict[type, str]:
     for home, name, key in (
         ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
         (checkpoint, "ActivationWrapper", "_checkpoint_wrapped_module"),
-        ("torch.distributed.fsdp.fully_sharded_data_parallel", _FSDP1, "_fsdp_wrapped_module"),
+        (*_SHARDERS[_FSDP1], "_fsdp_wrapped_module"),
     ):
         if kind := _loaded(home, name):
             kinds[kind] = key

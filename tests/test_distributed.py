@@ -1,17 +1,18 @@
 """Tensor parallelism with torch's own plans, on two processes of this machine."""
 
 import copy
-import tempfile
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 
 from miss import adapter_parameters, inject
+from tests.processes import on_two_processes
+
+RANKS = 1, 2, 3, 4, 5, 8  # dividing 12 and not, with an odd number of blocks and an even one
 
 
-def compare(rank: int, store: str) -> None:
+def compare(rank: int) -> None:
     """Adapted, then sharded column- and row-wise: outputs and gradients of D as unsharded."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -19,18 +20,9 @@ def compare(rank: int, store: str) -> None:
         parallelize_module,
     )
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     for method in ("misse", "miss"):
-        for r in (
-            1,
-            2,
-            3,
-            4,
-            5,
-            8,
-        ):  # dividing 12 and not, with an odd number of blocks and an even one
+        for r in RANKS:
             for dtype, tolerance in ((torch.float64, 1e-12), (torch.float16, 2e-2)):
                 torch.manual_seed(0)
                 model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)).to(dtype)
@@ -43,16 +35,11 @@ def compare(rank: int, store: str) -> None:
                 torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
                 y.square().mean().backward()
                 expected.square().mean().backward()
-                for sharded, d in zip(
-                    adapter_parameters(model), adapter_parameters(plain), strict=True
-                ):
-                    torch.testing.assert_close(
-                        sharded.grad.full_tensor(), d.grad, rtol=4 * tolerance, atol=4 * tolerance
-                    )
-    dist.barrier()  # neither leaves while the other still talks to it
-    dist.destroy_process_group()
+                close = {"rtol": 4 * tolerance, "atol": 4 * tolerance}
+                ds = map(adapter_parameters, (model, plain))
+                for sharded, d in zip(*ds, strict=True):
+                    torch.testing.assert_close(sharded.grad.full_tensor(), d.grad, **close)
 
 
 def test_tensor_parallel_equals_one_process():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(compare, (f"{folder}/store",), nprocs=2)
+    on_two_processes(compare)
