@@ -103,7 +103,7 @@ def test_the_mini_form_cycles_the_rows_of_d(
 def test_a_d_or_weight_of_another_shape_is_refused_at_the_next_forward(case: Case):
     layer, x = case.layer(), case.input()
     d, weight = layer.miss_D, layer.weight
-    refused = pytest.raises(ShapeError, match=r"(?s)another shape.*\(7, 10\).*eject before")
+    refused = pytest.raises(ShapeError, match=r"(?s)another shape.*\(7, 10\).*inject again after")
     for other in (d[:1], d[:, :1], torch.cat([d, d])):
         layer.miss_D = nn.Parameter(other.detach())
         for path in (fused.fits, lambda *args: False):
