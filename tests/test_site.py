@@ -41,7 +41,10 @@ def has_code(page: str) -> bool:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if has_code(page)])
 def test_code_of_a_page_runs_as_shown(
-    page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     # What a page registers is forgotten after it.
@@ -54,6 +57,13 @@ def test_code_of_a_page_runs_as_shown(
         if kind == PYTHON:
             compiled = compile("\n" * line + code, str(PAGES[page]), "exec", dont_inherit=True)
             exec(compiled, module.__dict__)
+    printed = without_numbers(capsys.readouterr().out)
+    for line, kind, text in fences(page):
+        assert kind != "text" or without_numbers(text) in printed, f"line {line}: not printed"
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "0", text)
 
 
 @pytest.mark.parametrize("page", PAGES)
