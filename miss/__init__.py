@@ -1,4 +1,7 @@
-"""MiSS, Matrix Shard Sharing (arXiv 2409.15371): adapt any PyTorch model with one matrix per layer."""
+"""Adapt any PyTorch model with MiSS, Matrix Shard Sharing (arXiv 2409.15371).
+
+Each adapted weight has one trainable matrix, D.
+"""
 
 from miss import interop
 from miss.adapters import adapted_modules, adapter_parameters, disabled

@@ -1,4 +1,4 @@
-"""Listing the adapters of a model, and switching them off for a while."""
+"""List the adapters of a model, and switch them off for a while."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ def adapted_modules(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers of a model, each once, under its first name (``""`` for the model itself).
 
     Raises:
-        TargetError: ``model`` is no module.
+        TargetError: ``model`` is not a module.
 
     >>> from miss import inject
     >>> adapted_modules(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4))
@@ -32,7 +32,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Each D of each adapted layer, in the order of `adapted_modules`, for an optimizer.
 
     Raises:
-        TargetError: ``model`` is no module.
+        TargetError: ``model`` is not a module.
     """
     found = []
     for layer in Tree(model).adapted.values():
@@ -42,15 +42,16 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its base does, in every thread; contexts nest and overlap.
+    """Inside this context the model computes what its base does, in every thread.
 
-    No weight is touched: the forward of each layer leaves its delta out, and uses the kept base
-    weight while merged. Run the backward of an activation-checkpointed forward inside too, since it
-    computes the forward once more.
+    Contexts may nest and overlap. No weight is changed: the forward of each layer leaves out its
+    delta, and uses the kept base weight while merged. With activation checkpointing, run the
+    backward inside too, because it repeats the forward.
 
     Raises:
-        TargetError: ``model`` is no module.
+        TargetError: ``model`` is not a module.
 
+    >>> import torch
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
     >>> with disabled(model):
@@ -67,5 +68,5 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def _count(layers: Iterable[AdaptedLayer], step: int) -> None:
     with _COUNT:
         for layer in layers:
-            if isinstance(layer, AdaptedLayer):  # not ejected meanwhile
+            if isinstance(layer, AdaptedLayer):  # a layer may have been ejected meanwhile
                 layer._miss_depth.count = max(0, layer._miss_depth.count + step)

@@ -17,15 +17,7 @@ from miss.layers.host import d_name
 from miss.layers.loading import KEY, about_of, check_form, metadata
 from miss.merging import places
 from miss.records import described, parse, record_of
-from miss.state import (
-    apply_,
-    check_fit,
-    check_keys,
-    copy_,
-    named_tensors,
-    own_adapters,
-    unmerged,
-)
+from miss.state import apply_, check_fit, check_keys, copy_, named_tensors, own_adapters, unmerged
 from miss.targets import Targets, modules_of
 from miss.tensors import ADAPTER_DTYPES
 from miss.tree import Tree, joined
@@ -37,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class IncompatibleKeys(NamedTuple):
-    """The keys that `load_adapter_state_dict` left alone; both lists are empty where it is strict."""
+    """The keys that `load_adapter_state_dict` left alone; both lists are empty if it is strict."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -47,8 +39,8 @@ def adapter_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     """Copies of the adapters' tensors, by key: ``<module path>.miss_D``. It works merged or not.
 
     Returns:
-        An OrderedDict in the order of `adapted_modules`; each tensor has the shape, dtype and device
-        of its D. Its ``_metadata`` says the form of each layer.
+        An OrderedDict in the order of `adapted_modules`. Each tensor has the shape, dtype and
+        device of its D. ``_metadata`` of the OrderedDict says the form of each layer.
 
     Raises:
         StateError: something shards the model; a D is no parameter of its own any more (pruned,
@@ -74,21 +66,21 @@ def adapter_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 def load_adapter_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors into the adapters of a model, in place; all of them or, on an error, none.
+    """Copy tensors into the adapters of a model, in place: all of them or, on an error, none.
 
     Args:
         model: an adapted model.
-        state: what `adapter_state_dict` or `combine` returned; any device, the shape and dtype of
-            each D. Where it says the form of a layer, that is checked.
-        strict: the keys must be those of the model, no more and no fewer. Otherwise the rest is left
-            alone and returned.
+        state: what `adapter_state_dict` or `combine` returned, on any device, with the shape and
+            dtype of each D. If it says the form of a layer, that is checked.
+        strict: the keys must be exactly those of the model. If False, missing and unexpected keys
+            are left alone and returned.
 
     Returns:
         ``(missing_keys, unexpected_keys)``.
 
     Raises:
-        CheckpointError: a key is missing or unexpected; a tensor is of another form, shape or dtype,
-            not finite, or without elements.
+        CheckpointError: a key is missing or unexpected; a tensor is of another form, shape or
+            dtype, is not finite, or has no elements.
         StateError: the model is merged, something shards it, or a D cannot be written.
 
     >>> from miss import inject
@@ -119,22 +111,22 @@ def load_adapter_state_dict(
 def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) -> None:
     """Write the adapters of a model, and all that `load` needs to inject them again, to one file.
 
-    The file is written beside ``path`` and then renamed, so that ``path`` is the old file or the new
-    one, whatever happens.
+    The file is written beside ``path`` and then renamed. So ``path`` is always the old file or the
+    new one, whatever happens.
 
     Args:
         model: an adapted model; it may be merged.
         path: ends in ``.safetensors`` (recommended; the extra ``files`` installs that package) or
             ``.pt``.
-        extra: modules, in the forms of `inject`'s ``targets``, with all that they contain, whose
-            parameters and persistent buffers are written too, such as a new head.
+        extra: modules, such as a new head, in the forms of `inject`'s ``targets``. Their parameters
+            and persistent buffers, and those of all that they contain, are written too.
 
     Raises:
         StateError: the model has no adapter, or something shards it.
         TargetError: an ``extra`` matches nothing.
-        CheckpointError: the suffix is another one; a tensor is not finite, without elements, or no
-            dense tensor; an ``extra`` holds state that is no parameter or buffer; the file cannot be
-            written. What was at ``path`` is still there.
+        CheckpointError: the suffix is another one; a tensor is not finite, has no elements, or is
+            not dense; an ``extra`` holds state that is no parameter or buffer; the file cannot be
+            written. What was at ``path`` is still there then.
         ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
 
     >>> import tempfile
@@ -176,11 +168,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
 
 
 def load(model: Model, path: str | os.PathLike[str]) -> Model:
-    """Read a file that `save` wrote into a model, in place; all or, on an error, nothing.
+    """Read a file that `save` wrote into a model, in place: all of it or, on an error, nothing.
 
     No code in the file is run. A model without adapters is injected as the file says, and frozen as
-    by `inject`, the extra modules left out. One that has adapters must have the same ones: layers,
-    methods, ranks, scales, shapes and dtypes; its dropout stays.
+    by `inject`, except for the extra modules. A model with adapters must have the same layers,
+    methods, ranks, scales, shapes and dtypes as the file. It keeps its own dropout.
 
     Args:
         model: a base model, or an adapted one.
@@ -191,7 +183,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Raises:
         CheckpointError: the file is missing, damaged, of a newer format, or does not fit the model;
-            the message says in what.
+            the message says why.
         StateError: the model is merged, sharded, or wrapped by DistributedDataParallel, or a tensor
             of it cannot be written.
         ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
@@ -223,21 +215,22 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> OrderedDict[str, Tensor]:
     """The weighted sum of adapters, in fp64, rounded at the end.
 
-    The delta is linear in D, so that this is the sum of the deltas.
+    The delta is linear in D, so this is also the weighted sum of the deltas.
 
     Args:
-        adapters: ``(state, weight)`` pairs; the states, as `adapter_state_dict` returns them, have
-            the same keys, shapes, dtypes and forms and come from layers of the same ``scale``, which
-            a state does not record.
+        adapters: ``(state, weight)`` pairs, with states as `adapter_state_dict` returns them. The
+            states must have the same keys, shapes, dtypes and forms. They must come from layers of
+            the same ``scale``, which a state does not record and which is not checked.
 
     Returns:
         A new state, for `load_adapter_state_dict`, on the devices of the first.
 
     Raises:
-        CheckpointError: there is no adapter; the states differ in what the message names; a weight
-            or the sum is not finite.
+        CheckpointError: there is no adapter; the states differ, and the message says in what; a
+            weight or the sum is not finite.
 
-    >>> one, two = {"0.miss_D": torch.tensor([[1.0, 2.0]])}, {"0.miss_D": torch.tensor([[4.0, 0.0]])}
+    >>> one = {"0.miss_D": torch.tensor([[1.0, 2.0]])}
+    >>> two = {"0.miss_D": torch.tensor([[4.0, 0.0]])}
     >>> dict(combine([(one, 0.5), (two, 2.0)]))
     {'0.miss_D': tensor([[8.5000, 1.0000]])}
     """
@@ -288,7 +281,7 @@ def _check_form(form: type[Form], about: Mapping[str, Any]) -> None:
 
 
 def _own_state(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of an extra module; a `CheckpointError` if it has other state."""
+    """The tensors of an extra module; raise a `CheckpointError` if it has other state."""
     own = named_tensors(name, module)
     state: dict[str, Any] = {}
     module._save_to_state_dict(state, joined(name, ""), False)

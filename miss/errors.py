@@ -14,8 +14,8 @@ __all__ += ["at", "is_merged", "named", "no_adapter"]
 class MissError(Exception):
     """Base class of every error of this package.
 
-    Its text has up to four lines: the place and the rule, what was expected, what was found, what
-    to do. Code that finds a fault gives the last three; ``at`` adds the place.
+    Its text has up to four lines: place and rule, what was expected, what was found, what to do.
+    The code that raises it gives all of these except the place, which `at` adds.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class CheckpointError(MissError, ValueError):
 
 @contextmanager
 def at(where: str) -> Iterator[None]:
-    """Give an error that leaves this context its place: a module, a file or a function.
+    """Add a place (a module, a file or a function) to an error that leaves this context.
 
-    The innermost place stays.
+    An error that has a place keeps it, so the innermost place is shown.
 
     >>> with at("encoder.0"):
     ...     raise ShapeError("rank must be positive", actual=0)
@@ -72,15 +72,15 @@ def at(where: str) -> Iterator[None]:
 
 
 def named(name: str) -> str:
-    """The name of a module as messages and tables show it; that of the root is empty."""
+    """The name of a module for messages and tables; ``"(model)"`` for the root's empty name."""
     return name or "(model)"
 
 
 def is_merged(why: str) -> StateError:
-    """The error of what a merged layer cannot do."""
+    """The error of a call that a merged layer must refuse."""
     return StateError(f"is merged: {why}", do="miss.unmerge(model) first")
 
 
 def no_adapter() -> StateError:
-    """The error of a verb that needs adapters, on a model without one."""
+    """The error of a function that needs adapters, for a model without any."""
     return StateError("the model has no adapter", do="miss.inject(model, targets) first")

@@ -1,4 +1,7 @@
-"""A file of named tensors and a JSON description: written whole or not at all, and no code in it is run."""
+"""Files of named tensors and a JSON description, written whole or not at all.
+
+Reading one runs no code in it.
+"""
 
 import contextlib
 import ctypes
@@ -21,13 +24,13 @@ __all__ += ["safetensors", "safetensors_bytes", "write", "write_bytes"]
 
 
 FORMAT = 2  # of the description; a reader refuses a higher one
-KEY = "miss"  # the description's key: in the metadata of a .safetensors file, at the top of a .pt file
+KEY = "miss"  # of the description: in .safetensors metadata, or at the top level of a .pt file
 
 
 class Content(NamedTuple):
     """What a file holds.
 
-    ``intact`` says whether its checksum fits, which a reader asks last: other errors say more.
+    ``intact`` says whether the checksum fits. A reader asks it last, because other errors say more.
     """
 
     tensors: dict[str, Tensor]
@@ -36,7 +39,7 @@ class Content(NamedTuple):
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """A `CheckpointError` unless ``path`` ends in ``.safetensors`` or ``.pt``."""
+    """Raise a `CheckpointError` unless ``path`` ends in ``.safetensors`` or ``.pt``."""
     if os.path.splitext(os.fspath(path))[1] not in (".safetensors", ".pt"):
         raise CheckpointError(
             "unsupported file suffix", expected=".safetensors (recommended) or .pt"
@@ -44,7 +47,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """A `CheckpointError` that names the first tensor that is not dense, is empty, or is not finite."""
+    """Raise a `CheckpointError` if a tensor is not dense, has no elements or is not finite."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name} is not a tensor", actual=type(tensor).__name__)
@@ -69,7 +72,7 @@ def write(path: str, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> No
     Args:
         path: one that passed `check_path`.
         tensors: dense tensors on any device, which have passed `check_tensors`.
-        about: what JSON can say; the format version and a checksum are added.
+        about: the description, which JSON can hold; the format version and a checksum are added.
 
     Raises:
         CheckpointError: the file cannot be written; what was there before is still there.
@@ -83,10 +86,10 @@ def write(path: str, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> No
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Replace a file: into a temporary one in its folder, flushed to the disk, then renamed.
+    """Replace a file: write a temporary one in its folder, flush it to the disk, then rename it.
 
-    Links are followed. A process that is killed on the way leaves the old file, and perhaps a hidden
-    ``.tmp`` file beside it.
+    Links are followed. A process that is killed on the way leaves the old file, and perhaps a
+    hidden ``.tmp`` file beside it.
     """
     try:
         target = os.path.realpath(path)
@@ -107,7 +110,7 @@ def write_bytes(path: str, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-    # The renaming itself outlives a power cut, where folders can be flushed.
+    # Where folders can be flushed, the renaming then survives a power cut too.
     with contextlib.suppress(OSError, AttributeError):
         handle = os.open(folder, os.O_DIRECTORY)
         try:
@@ -119,7 +122,7 @@ def write_bytes(path: str, content: bytes) -> None:
 def read(path: str) -> Content:
     """Read a file that `write` wrote. Tensors are on the CPU.
 
-    Only their container and the description have been checked.
+    Only the container and the description have been checked, not the tensors.
 
     Raises:
         CheckpointError: there is no such file, it is damaged or of another kind, or of a newer
@@ -149,19 +152,19 @@ def read(path: str) -> Content:
 
 
 def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
-    """The text under `KEY`, if any, and the tensors of a file, on the CPU; errors as of `read`."""
+    """The text under `KEY`, if any, and the tensors of a file, on the CPU; errors as in `read`."""
     reader = _read_safetensors if path.endswith(".safetensors") else _read_pt
     if reader is _read_safetensors:
         safetensors()
     try:
         return reader(path)
-    except Exception as error:  # of many kinds, for a damaged file
+    except Exception as error:  # a damaged file raises errors of many kinds
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"cannot be read: {why}") from error
 
 
 def safetensors() -> Any:
-    """The package of that name, or an ImportError that says how to install it, or to do without."""
+    """The package of that name; else an ImportError says how to install it, or to do without."""
     try:
         import safetensors.torch
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""The forms of MiSS: how one axis of a weight is shared. And the record of a layer's settings.
+"""The forms of MiSS, which say how one axis of a weight is shared, and the settings of a layer.
 
-A form is a class that is never instantiated. It knows no type of layer: a weight is a Parameter
-with an axis "out" and an axis "in", and D is that Parameter with one of the two axes cut to the
-rank.
+A form is a class that is never instantiated. It knows no layer types: a weight is a Parameter with
+an axis "out" and an axis "in". D has the shape of the Parameter, except that one of the two axes is
+cut to the rank.
 """
 
 import sys
@@ -30,9 +30,9 @@ class Form(ABC):
 
     name: ClassVar[str]  #: as `inject` takes it, and files hold it
     prefix: ClassVar[str]  #: of the names of the adapted classes
-    axis: ClassVar[int]  #: 0 where the axis "out" is shared, 1 where "in" is
+    axis: ClassVar[int]  #: 0 if the axis "out" is shared, 1 if "in" is
     alternate: ClassVar[bool] = False  #: whether the blocks of the input alternate in sign
-    peft: ClassVar[bool | str | None]  #: PEFT's name for the form, its ``init_weights``, if any
+    peft: ClassVar[bool | str | None]  #: PEFT's ``init_weights`` for the form; None if it has none
 
     @staticmethod
     @abstractmethod
@@ -49,27 +49,27 @@ class Form(ABC):
     def add(
         x: Tensor, y: Tensor, d: Tensor, scale: float, product: functional.Product, rank: int
     ) -> Tensor:
-        """``y`` and the delta's product with ``x``, without the dense delta; the features are last.
+        """``y`` plus the delta's product with ``x``, without the dense delta; features come last.
 
-        ``product(x, d)`` is the base layer's operation with ``d`` for its weight and no bias.
+        ``product(x, d)`` is the base layer's operation with ``d`` as its weight and no bias.
         ``rank`` is the length of the shared axis of ``d``, which may lie anywhere.
         """
 
     @staticmethod
     @abstractmethod
     def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """The LoRA of an ``(out, in)`` weight: A, ``(r, in)``, and B, ``(out, r)``; ``B A`` is the delta."""
+        """LoRA's A ``(r, in)`` and B ``(out, r)``: ``B A`` is the ``(out, in)`` delta of ``d``."""
 
     @classmethod
     def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:
-        """The shape of D: that of the Parameter, the shared axis cut to the rank."""
+        """The shape of D: that of the Parameter with the shared axis cut to the rank."""
         shape = list(config.shape)
         shape[config.shared] = config.rank
         return tuple(shape)
 
     @classmethod
     def whole(cls, d: Tensor, config: "LayerConfig") -> Tensor:
-        """``d`` as the other functions take it, with the shared axis alone cut."""
+        """``d`` as the other functions take it: only the shared axis is cut."""
         return d
 
     @classmethod
@@ -79,7 +79,7 @@ class Form(ABC):
 
     @classmethod
     def window(cls, d: Tensor, config: "LayerConfig", rows: slice) -> Tensor:
-        """`delta` at some positions of the Parameter's first axis; ``d`` is `whole`."""
+        """`delta` at some positions of the Parameter's first axis; ``d`` comes from `whole`."""
         if config.shared == 0:
             return d[cls.owner(config.size, config.rank)[rows].to(d.device)]
         return cls.expand(d[rows], config.size, config.shared)
@@ -141,7 +141,7 @@ class MiSS(Form):
 class MiSSeMini(MiSSe):
     """PEFT's mini form: MiSSe whose D has fewer rows, which repeat in turn along "out".
 
-    It is the one form that cuts two axes: its `LayerConfig` has ``rows``.
+    It is the only form that cuts two axes, so its `LayerConfig` has ``rows``.
     """
 
     peft = "mini"
@@ -159,7 +159,7 @@ METHODS: dict[str, type[Form]] = {form.name: form for form in (MiSSe, MiSS)}
 
 
 def form_of(method: str, rows: int | None = None) -> type[Form]:
-    """The form of a file's or a user's ``method``; the mini form where D has ``rows`` of its own."""
+    """The form of a file's or a user's ``method``; the mini form if D has ``rows`` of its own."""
     return MiSSeMini if method == MiSSe.name and rows is not None else METHODS[method]
 
 
@@ -239,7 +239,7 @@ class LayerConfig:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], axes: Axes) -> "LayerConfig":
-        """The settings that a file describes; a ShapeError, TypeError or KeyError for anything else."""
+        """The settings that a file describes; else a ShapeError, TypeError or KeyError."""
         rest = dict(fields)
         shape, form = rest.pop("shape"), form_of(rest.pop("method"), rest.get("rows"))
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
@@ -250,7 +250,7 @@ class LayerConfig:
 
 
 def check_adapter_dtype(dtype: torch.dtype | None) -> None:
-    """A `ShapeError` unless ``dtype`` is one that D can be trained in, or None."""
+    """Raise a `ShapeError` unless ``dtype`` is None or one that D can be trained in."""
     if dtype is not None and dtype not in ADAPTER_DTYPES:
         expected = ", ".join(map(str, (None, *ADAPTER_DTYPES)))
         actual = f"adapter_dtype={dtype!r}"

@@ -1,4 +1,4 @@
-"""The maths of MiSS as pure functions on tensors (arXiv 2409.15371, section 4). Its reshaping is here.
+"""The maths of MiSS and its reshaping, as pure functions on tensors (arXiv 2409.15371, section 4).
 
 One letter per axis, here and everywhere:
 
@@ -12,8 +12,8 @@ One letter per axis, here and everywhere:
 ``s``  rows in one shard
 =====  ==========================================================================
 
-Every function is made of differentiable torch operations, so all of them work under autograd (twice), ``torch.func``,
-``torch.compile`` and tensor subclasses.
+Every function consists of differentiable torch operations. So each of them works under autograd
+(twice), ``torch.func`` and ``torch.compile``, and with tensor subclasses.
 """
 
 import math
@@ -33,14 +33,15 @@ __all__ += ["shard_sum"]
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-# Elements of fp16 that the CPU may widen at once; `mean` there makes an fp32 copy of its whole input otherwise.
+# How many fp16 elements the CPU averages at a time: `mean` makes an fp32 copy of its whole input.
 _CHUNK = 1 << 18
 
 
 def block_sum(x: Tensor, rank: int) -> Tensor:
-    """Sum the blocks of the input: ``S[..., j] = sum of x[..., c] over all c with c mod rank == j`` (Eq. 4-5).
+    """Sum the blocks of the input (Eq. 4-5).
 
-    A last block that is shorter than ``rank`` counts as padded with zeros; ``x`` is not copied for that.
+    ``S[..., j]`` is the sum of ``x[..., c]`` over all ``c`` with ``c mod rank == j``. A last block
+    that is shorter than ``rank`` counts as padded with zeros, without a copy of ``x``.
 
     Args:
         x: ``(..., i)``.
@@ -58,7 +59,9 @@ def block_sum(x: Tensor, rank: int) -> Tensor:
 
 
 def block_mean(x: Tensor, rank: int) -> Tensor:
-    """``block_sum(x, rank) / g``, ``g`` blocks, the short one included: it stays in range where the sum may overflow fp16.
+    """The mean of the blocks: ``block_sum(x, rank) / g``, where ``g`` includes a short last block.
+
+    The mean stays in range where the sum may overflow fp16.
 
     Args:
         x: ``(..., i)``.
@@ -85,15 +88,16 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
 
 
 def block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """What MiSSe multiplies by D, in ``dtype``: `block_sum`, or `block_mean` in fp16, where the sum may overflow.
+    """What MiSSe multiplies by D, in ``dtype``: `block_sum`, or in fp16 `block_mean`.
 
-    ``x`` is not cast: the sum has its dtype, and torch's fp32 accumulator where that is half precision.
+    In fp16 the sum may overflow. ``x`` is not cast: it is summed in its own dtype, in half
+    precision with torch's fp32 accumulator, and only the result is cast.
     """
     return (block_mean if dtype == torch.float16 else block_sum)(x, rank).to(dtype)
 
 
 def block_factor(in_features: int, rank: int, dtype: torch.dtype) -> float:
-    """`block_sum` over `block_reduce`: 1, or in fp16 the number of blocks."""
+    """The quotient of `block_sum` and `block_reduce`: 1, or in fp16 the number of blocks."""
     return float(-(-in_features // rank)) if dtype == torch.float16 else 1.0
 
 
@@ -140,16 +144,18 @@ def shard_sum(y: Tensor, shards: int) -> Tensor:
     tensor([3., 7.])
     """
     runs = shard_runs(y.shape[-1], shards)
-    # `narrow`, as a slice of everything is an alias, which batched gradients (`torch.autograd.grad(is_grads_batched=True)`) lack
+    # `narrow`, because a slice of everything is an alias, and batched gradients
+    # (`torch.autograd.grad(is_grads_batched=True)`) do not support aliases.
     parts = [(y.narrow(-1, rows.start, rows.stop - rows.start), size) for _, rows, size in runs]
     sums = [reduce(part, "... (n s) -> ... n", "sum", s=size) for part, size in parts]
     return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
 
 
 def cycle_rows(d: Tensor, out_features: int) -> Tensor:
-    """The rows of ``d`` in turn until there is one for each output: row ``o`` is ``d[o mod m]``; ``d`` itself where ``m = o``.
+    """Repeat the rows of ``d`` in turn, until there is one for each output.
 
-    So PEFT's mini form shares D along the output too.
+    Row ``k`` of the result is ``d[k mod m]``; for ``m = o`` the result is ``d`` itself. With this
+    PEFT's mini form shares D along the output too.
 
     Args:
         d: ``(m, r)``.
@@ -184,17 +190,17 @@ def add_misse(
         d: ``(o, r)``, in any floating dtype.
         scale: factor of the delta.
         product: the base layer's own operation without a bias, with ``d`` for its weight.
-        rank: ``r``, where another axis of ``d`` than the last has it.
+        rank: ``r``, if it is not the length of the last axis of ``d``.
 
     Shape:
-        ``(..., o)``. Neither ``x`` nor ``y`` is cast: the sum has the dtype of ``x``, and torch's
-        fp32 accumulator where that is half precision; only ``S`` is cast. In fp16, where the sum
-        may overflow, it is a mean and ``d`` takes the factor.
+        ``(..., o)``. Only ``S`` is cast, not ``x`` or ``y``: ``x`` is summed in its own dtype, in
+        half precision with torch's fp32 accumulator. In fp16, where the sum may overflow, ``S`` is
+        a mean, and ``d`` is multiplied by the number of blocks.
     """
     rank = d.shape[-1] if rank is None else rank
     if is_dtensor(x):
         blocks = -(-x.shape[-1] // rank)
-        half = y.dtype == torch.float16  # a power of two is exact there, as 1 / blocks is not
+        half = y.dtype == torch.float16  # in fp16 a power of two is exact, and 1 / blocks is not
         power = 2.0 ** -math.ceil(math.log2(blocks)) if half else 1.0
         s = F.linear(x, power * _zero_one(expand_blocks, rank, x)).to(y.dtype)
         factor = 1 / power
@@ -212,7 +218,7 @@ def add_miss(
     product: Product = F.linear,
     rank: int | None = None,
 ) -> Tensor:
-    """``y + scale * repeat(d x)``: MiSS without its dense delta (Eq. 3, repeated after the product).
+    """``y + scale * repeat(d x)``: MiSS without its dense delta (Eq. 3, repeated after ``d x``).
 
     Args:
         x: the input, ``(..., i)``.
@@ -221,7 +227,7 @@ def add_miss(
         d: ``(n, i)``, in any floating dtype.
         scale: factor of the delta.
         product: the base layer's own operation without a bias, with ``d`` for its weight.
-        rank: ``n``, where another axis of ``d`` than the first has it.
+        rank: ``n``, if it is not the length of the first axis of ``d``.
 
     Shape:
         ``(..., o)``. Output ``k`` of the small product ``d x``, of shape ``(..., n)``, is added to
@@ -240,7 +246,7 @@ def add_miss(
 
 
 def _split(x: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
-    """``x`` as its whole blocks, ``(..., g * r)``, and the short last one padded to ``(..., r)``, if there is one."""
+    """The whole blocks of ``x``, ``(..., g * r)``, and a short last one padded to ``(..., r)``."""
     whole = x.shape[-1] - x.shape[-1] % rank
     if whole == x.shape[-1]:
         return x, None
@@ -252,7 +258,7 @@ def _reduce(blocks: Tensor, rank: int, how: str) -> Tensor:
 
 
 def shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]:
-    """The runs of equal shards, larger first: ``(which shards, which outputs, outputs per shard)``."""
+    """Runs of equal shards, larger first: ``(which shards, which outputs, outputs per shard)``."""
     out_features, shards = int(out_features), int(shards)  # torch.jit.trace gives tensors
     size, larger = out_features // shards, out_features % shards
     cut = larger * (size + 1)
@@ -261,9 +267,10 @@ def shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]
 
 
 def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:
-    """The 0/1 factor of a form, as wide as the DTensor ``like``: a product with it is right however ``like`` is sharded.
+    """The 0/1 factor of a form, as wide as the DTensor ``like``.
 
-    Reshapes are not: a DTensor cannot cut an axis that is sharded otherwise than in whole blocks.
+    A product with it is right however ``like`` is sharded. A reshape is not, because a DTensor
+    cannot split an axis whose shards are not whole blocks.
     """
     from torch.distributed.tensor import DTensor, Replicate
 

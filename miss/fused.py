@@ -1,8 +1,9 @@
-"""The fast path of linear layers: base and delta in one node of the graph, which adds in place and keeps little.
+"""The fast path of linear layers: base and delta in one node of the autograd graph.
 
-`add_misse` and `add_miss` of `miss.functional` are the truth: they work on everything, and this path is tested equal to
-them. Here the delta is added to the base's output where that stands, and the adapter's part of the gradient of the input to
-the base's, so that nothing of their width is held twice; and of its input MiSSe keeps only the block sums ``S``.
+`add_misse` and `add_miss` of `miss.functional` define the result and work on everything. Tests
+compare this path with them. It saves memory: the delta is added to the base's output in place, and
+the adapter's part of the input's gradient to the base's part, so nothing of that width is held
+twice. Of its input MiSSe keeps only the block sums ``S``.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,11 @@ __all__ = ["fits", "miss_linear", "misse_linear"]
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
-    """Whether the fast path applies: ordinary dense tensors that meet in one real dtype, a frozen weight, ordinary execution."""
+    """Whether the fast path applies.
+
+    It needs ordinary dense tensors, one real dtype to compute in, and a frozen weight. No compiler,
+    `torch.func` transform, dispatch mode or tracer may be active.
+    """
     if torch.compiler.is_compiling() or transformed() or watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if not (is_ordinary(x) and is_ordinary(weight) and is_ordinary(d)):
@@ -46,8 +51,8 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
 def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
     """``F.linear(x, weight, bias) + scale * d S``, with ``S = block_sum(x)`` (Eq. 7).
 
-    Only for arguments that `fits`: nothing is checked here, and a weight that requires a gradient would get none. No argument
-    is changed.
+    Only for arguments that `fits` accepts: nothing is checked here, and a weight that requires a
+    gradient would get none. No argument is changed.
 
     Args:
         x: the input, ``(..., i)``.
@@ -68,7 +73,10 @@ def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scal
 
 
 def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
-    """``F.linear(x, weight, bias) + scale * repeat(d x)`` (Eq. 3). Arguments as in `misse_linear`, but ``d`` is ``(n, i)``."""
+    """``F.linear(x, weight, bias) + scale * repeat(d x)`` (Eq. 3).
+
+    Arguments are as in `misse_linear`, except that ``d`` is ``(n, i)``.
+    """
     weight, bias = _autocast(weight, bias)
     args = _cast(x, weight.dtype), weight, bias, d, scale
     y: Tensor = _MiSS.apply(*args) if torch.is_grad_enabled() else _miss(*args)  # type: ignore[no-untyped-call]
@@ -89,7 +97,10 @@ def _misse(
 
 
 def _block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """As in `miss.functional`, but for fp16 without einops, which takes as long to parse a pattern as a small layer takes."""
+    """As in `miss.functional`, without einops except in fp16.
+
+    To parse its pattern, einops takes as long as a small layer takes in all.
+    """
     if dtype == torch.float16:
         return block_reduce(x, rank, dtype)
     blocks, rest = divmod(x.shape[-1], rank)
@@ -109,7 +120,10 @@ def _miss(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: floa
 
 
 class _MiSSe(torch.autograd.Function):
-    """Outputs ``y`` and ``S``, since the backward reads ``S``: so a derivative of the backward goes on through it to ``x``."""
+    """The node of MiSSe, with the outputs ``y`` and ``S``.
+
+    The backward reads ``S``. As ``S`` is an output, a derivative of the backward reaches ``x``.
+    """
 
     @staticmethod
     def forward(
@@ -143,7 +157,7 @@ class _MiSSe(torch.autograd.Function):
 
 
 class _MiSS(torch.autograd.Function):
-    """The output ``y``."""
+    """The node of MiSS, with the output ``y``."""
 
     @staticmethod
     def forward(
@@ -170,7 +184,7 @@ class _MiSS(torch.autograd.Function):
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Tensor) -> None:
-    """Keep what the backward will read, and no other tensor: ``by_d`` is what multiplies D, for its gradient."""
+    """Keep only what the backward will read. D's gradient needs ``by_d``, which D multiplies."""
     need_x, _, _, need_d, _ = ctx.needs_input_grad
     ctx.save_for_backward(
         weight if need_x else None, d if need_x else None, by_d if need_d else None
@@ -181,25 +195,27 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Te
 
 
 def _no_view(y: Tensor) -> Tensor:
-    """``y`` as a tensor of its own: autograd would not let a user change a view in place that comes out of a node."""
+    """``y`` as a tensor of its own: autograd forbids writing to a view that a node returns."""
     return y if y.dim() == 2 else y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def _tangent(
     plain: Callable[..., Tensor], ctx: Any, x_t: Any, weight_t: Any, bias_t: Any, d_t: Any, _: None
 ) -> Tensor:
-    """The output is linear in the input and the bias, and in the weight and D."""
+    """The tangent of the output, which is linear in input and bias, and in weight and D."""
     x, weight, d = ctx.saved_tensors
-    x_t, weight_t, d_t = (
-        torch.zeros_like(of) if t is None else t
-        for t, of in ((x_t, x), (weight_t, weight), (d_t, d))
-    )
+    x_t = torch.zeros_like(x) if x_t is None else x_t
+    weight_t = torch.zeros_like(weight) if weight_t is None else weight_t
+    d_t = torch.zeros_like(d) if d_t is None else d_t
     first = plain(x_t, F.linear(_cast(x_t, weight.dtype), weight, bias_t), d, ctx.scale)
     return first + plain(x, F.linear(_cast(x, weight.dtype), weight_t), d_t, ctx.scale)
 
 
 def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
-    """Whether D is wider than ``dtype``, and it is cheaper to widen what is multiplied by it: rows by the eighth of its rank."""
+    """Whether D is wider than ``dtype``, and casting its factor is cheaper than casting D.
+
+    That is so for fewer rows of ``x`` than an eighth of the rank.
+    """
     return (
         dtype != d.dtype
         and torch.promote_types(dtype, d.dtype) == d.dtype
@@ -208,7 +224,7 @@ def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which `F.linear` takes a real ``tensor``, which is not its own under `torch.autocast`."""
+    """The dtype in which `F.linear` takes a real ``tensor``: its own, or that of autocast."""
     kind = tensor.device.type
     if (
         not torch.amp.is_autocast_available(kind)

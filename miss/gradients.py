@@ -1,7 +1,7 @@
 """The gradients of the fast path, and what it writes in place.
 
-Functions whose names end in ``_`` write to their first argument. Each falls back to new tensors
-where a backward is itself differentiated, transformed or watched.
+Functions whose names end in ``_`` write to their first argument. The others make new tensors where
+a backward is itself differentiated, transformed by `torch.func` or seen by a dispatch mode.
 """
 
 import torch
@@ -12,31 +12,34 @@ from miss.functional import expand_blocks, scaled, shard_runs
 __all__ = ["adapter_grad", "add_blocks_", "add_shards_", "miss_input_grad", "misse_input_grad"]
 __all__ += ["rows_of", "times", "transformed", "watched"]
 
-# Whether a transform of torch.func is at work, and how many dispatch modes look on: selective
-# checkpointing, tracers, counters. torch has no public names for these; if they are missing, the
-# answer is yes.
+# Whether a transform of torch.func is active, and how many dispatch modes are: selective
+# checkpointing, tracers, counters. torch has no public names for these. If they are missing, the
+# fast path is not taken.
 transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 watched = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def add_blocks_(x: Tensor, s: Tensor) -> Tensor:
-    """``x[..., c] += s[..., c mod r]`` in place, for a contiguous ``x``: the transpose of `block_sum`; returns ``x``.
+    """Add ``s[..., c mod r]`` to ``x[..., c]`` in place, for a contiguous ``x``; returns ``x``.
+
+    This is the transpose of `block_sum`.
 
     >>> add_blocks_(torch.zeros(5), torch.tensor([1.0, 2.0]))
     tensor([1., 2., 1., 2., 1.])
     """
     blocks, rest = divmod(x.shape[-1], s.shape[-1])
     whole = x[..., : x.shape[-1] - rest] if rest else x
-    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(
-        s.unsqueeze(-2)
-    )  # a view, or an error: einops might copy
+    # Where `view` would need a copy, it is an error; einops would write to the copy.
+    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(s.unsqueeze(-2))
     if rest:
         x[..., -rest:].add_(s[..., :rest])
     return x
 
 
 def add_shards_(y: Tensor, z: Tensor) -> Tensor:
-    """Add ``z[..., k]`` to every output of shard ``k`` in place, for a contiguous ``y`` (Eq. 2); returns ``y``.
+    """Add ``z[..., k]`` to every output of shard ``k`` in place (Eq. 2); returns ``y``.
+
+    ``y`` must be contiguous.
 
     >>> add_shards_(torch.zeros(5), torch.tensor([1.0, 2.0]))
     tensor([1., 1., 1., 2., 2.])
@@ -49,7 +52,10 @@ def add_shards_(y: Tensor, z: Tensor) -> Tensor:
 def misse_input_grad(
     dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float
 ) -> Tensor:
-    """``dy (weight + expand_blocks(scale * d))``, and what comes by ``S``, which is the block sum over ``factor``."""
+    """``dy (weight + expand_blocks(scale * d))`` plus the part of ``ds``.
+
+    ``ds`` is the gradient of ``S``, the block sum divided by ``factor``.
+    """
     d = scaled(d, scale, dy.dtype)
     if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
         return _input_grad_by_tiles(dy, weight, d, rows)
@@ -63,7 +69,10 @@ def misse_input_grad(
 
 
 def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
-    """The same with the sum ``weight + expand_blocks(d)`` built, some rows at a time: less work than ``dy d`` for many tokens."""
+    """The same by tiles of the sum ``weight + expand_blocks(d)``, some rows at a time.
+
+    For many tokens building the sum is less work than the product ``dy d``.
+    """
     dx, dy = dy.new_empty(*dy.shape[:-1], weight.shape[1]), rows_of(dy)
     tile = weight.new_empty(rows, weight.shape[1])
     for start in range(0, len(weight), rows):
@@ -74,10 +83,11 @@ def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Te
 
 
 def _tile_rows(dy: Tensor, weight: Tensor, d: Tensor) -> int:
-    """How many rows of the weight make a tile; 0 where tiles do not pay, or would round D to half precision.
+    """How many rows of the weight make a tile; 0 if tiles do not pay or would round D.
 
-    A tile and ``S`` take at most a twelfth of what the base's output and gradient take; products of fewer than 192 rows lose
-    their speed. Measured on CPUs, and for them only.
+    In half precision a tile would round D. A tile and ``S`` take at most a twelfth of the memory of
+    the base's output and gradient. Products of fewer than 192 rows are slower. This was measured on
+    CPUs, so tiles are used only there.
     """
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return 0
@@ -96,7 +106,10 @@ def miss_input_grad(dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor
 
 
 def adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """``factor * dy^T s``, in the dtype of D; where that is another, a part at a time, which takes less memory."""
+    """``factor * dy^T s`` in the dtype of D.
+
+    If that is another dtype, the product is made a part at a time, which takes less memory.
+    """
     dy, s = rows_of(dy), rows_of(s)
     if dy.dtype == dtype or not _in_place():
         return scaled(dy.t() @ s, factor, dtype)
@@ -111,7 +124,7 @@ def adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> Te
 
 
 def _in_place() -> bool:
-    """Whether a backward may write in place: it is not to be differentiated itself, transformed, or watched."""
+    """Whether a backward may write in place: nothing differentiates, transforms or watches it."""
     return not torch.is_grad_enabled() and not transformed() and not watched()
 
 

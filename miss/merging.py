@@ -21,7 +21,7 @@ _BLOCK = 1 << 17  # elements of a weight that are merged at a time: they stay in
 
 
 class Place(NamedTuple):
-    """An adapted Parameter: its layer's name and its own, the layer, the settings."""
+    """An adapted Parameter: its layer's name, its own name, the layer and the settings."""
 
     name: str
     parameter: str
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 def places(layers: Mapping[str, AdaptedLayer]) -> dict[str, Place]:
-    """The adapted Parameters, by the name of the layer, or of the Parameter in a layer of several."""
+    """The adapted Parameters by their layer's name; if it has several, by their own full names."""
     found = {}
     for name, layer in layers.items():
         for parameter, config in layer.miss_configs.items():
@@ -58,25 +58,25 @@ def places(layers: Mapping[str, AdaptedLayer]) -> dict[str, Place]:
 def merge(model: nn.Module) -> dict[str, float]:
     """Add each adapter's delta to its weight, in place: ``W = W0 + delta_weight()``.
 
-    Then `forward` is that of the plain layer. The sum is made in fp32 or wider and rounded once to
-    the weight's dtype. Each layer keeps a copy of its base weight, so a merged model takes twice the
-    memory of its adapted weights; ``eject(model, merge=True)`` keeps none. While merged,
+    A merged layer runs the plain layer's `forward`. The sum is made in fp32 or wider and rounded
+    once to the weight's dtype. Each layer keeps a copy of its base weight, so adapted weights take
+    twice the memory while merged; ``eject(model, merge=True)`` keeps no copy. While merged,
     `state_dict` is that of the merged plain model: the sums, and no D. Loading into the model,
-    resetting an adapter, and a forward in training mode with gradients are a `StateError`. Layers
-    that are merged already stay as they are.
+    resetting an adapter, and a forward in training mode with gradients raise a `StateError`.
+    Layers that are merged already stay as they are.
 
     Args:
-        model: an adapted model, or a part of one; a weight that is shared with something outside of
-            it is not recognised.
+        model: an adapted model, or a part of one. A weight that the part shares with something
+            outside of it is not recognised.
 
     Returns:
         For each adapted layer, by name, the relative error that rounding left on its delta:
-        ``|W - W0 - delta| / |delta|`` in the Frobenius norm, 0.0 for a zero delta. A layer of several
-        D's has the names of its Parameters. In half precision small deltas drown.
+        ``|W - W0 - delta| / |delta|`` in the Frobenius norm, 0.0 for a zero delta. A layer with
+        several D's has an entry for each Parameter. In half precision small deltas are lost.
 
     Raises:
         StateError: the model has no adapter; something shards it; a weight is tied (the other owner
-            is named), quantised or otherwise not to be written in place; ``miss_D`` or the sum is not
+            is named), quantised or otherwise not writable in place; ``miss_D`` or the sum is not
             finite. The model is unchanged then.
 
     >>> from miss import inject
@@ -107,7 +107,7 @@ def merge(model: nn.Module) -> dict[str, float]:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: each base weight is copied back, bit for bit, and the copy is let go.
+    """Undo `merge`: each base weight is copied back, bit for bit, and the copy is freed.
 
     Layers that are not merged stay as they are.
 
@@ -116,8 +116,8 @@ def unmerge(model: nn.Module) -> None:
 
     Raises:
         StateError: something shards the model; the weight of a merged layer has since been
-            parametrized, pruned, tied, or replaced by one of another shape or dtype. In that case
-            nothing is changed.
+            parametrized, pruned, tied, or replaced by one of another shape or dtype. The model is
+            unchanged then.
 
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
@@ -147,7 +147,7 @@ def check_mergeable(tree: Tree, found: Mapping[str, Place]) -> None:
 
 
 def check_restorable(tree: Tree, found: Mapping[str, Place]) -> None:
-    """Raise a `StateError` where a base cannot be copied back into what was merged."""
+    """Raise a `StateError` that names the first place whose base cannot be copied back, and why."""
     held = _held(tree)
     for place in found.values():
         if place.base is not None:
@@ -157,7 +157,7 @@ def check_restorable(tree: Tree, found: Mapping[str, Place]) -> None:
 
 
 def bake_(place: Place) -> None:
-    """Add the delta to a Parameter that has been checked; nothing is kept."""
+    """Add the delta to a Parameter that has been checked; no copy of its base is kept."""
     with torch.inference_mode(False), torch.no_grad():
         for rows, delta in _deltas(place):
             weight = place.weight[rows]
@@ -174,10 +174,10 @@ def restore_(place: Place) -> None:
 
 
 def refuse_loading(module: nn.Module, *args: Any) -> None:
-    """A hook on what is or holds a merged layer: `load_state_dict` stops before anything is loaded.
+    """A hook on each module that is or holds a merged layer: `load_state_dict` is refused.
 
-    A model of which only a part was given to `merge` is stopped at that part, after what comes
-    before it.
+    Nothing is loaded then. If only a part of a model was given to `merge`, what comes before that
+    part is loaded before the refusal.
     """
     if any(isinstance(inner, AdaptedLayer) and inner.miss_merged for inner in module.modules()):
         with at(type(module).__name__):
@@ -185,13 +185,11 @@ def refuse_loading(module: nn.Module, *args: Any) -> None:
 
 
 def guard(tree: Tree) -> None:
-    """Place `refuse_loading` on each module that is or holds a merged layer, and take it off others."""
+    """Hook `refuse_loading` to each module that is or holds a merged layer, and to no other."""
     holding = tree.holding(layer for layer in tree.adapted.values() if layer.miss_merged)
     for module in tree.unique:
         hooks = module._load_state_dict_pre_hooks
-        ours = [
-            key for key, wrapped in hooks.items() if getattr(wrapped, "hook", 0) is refuse_loading
-        ]
+        ours = [k for k, hook in hooks.items() if getattr(hook, "hook", 0) is refuse_loading]
         if id(module) not in holding:
             for key in ours:
                 del hooks[key]
@@ -200,7 +198,7 @@ def guard(tree: Tree) -> None:
 
 
 def _deltas(place: Place) -> Iterator[tuple[slice, Tensor]]:
-    """The scaled delta in fp32 or wider, some rows at a time: which rows, and their delta."""
+    """The scaled delta in fp32 or wider, some rows at a time, as pairs (rows, their delta)."""
     config, d = place.config, place.d
     wide = torch.promote_types(torch.promote_types(place.weight.dtype, d.dtype), torch.float32)
     d = config.form.whole(config.scale * d.to(wide), config)
@@ -212,12 +210,11 @@ def _deltas(place: Place) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _add_to_base_(place: Place, write: bool) -> float:
-    """Set a Parameter, whose base is kept, to the sum, if ``write``; return rounding's relative error."""
+    """The relative error of a merged Parameter's delta; if ``write``, first set it to the sum."""
     weight, base = place.weight, place.layer.get_buffer(base_name(place.parameter))
     size = abs(place.config.scale) * largest(place.d) if weight.numel() else 0.0
-    unit = (
-        size if size and not 1e-8 < size < 1e8 else 1.0
-    )  # or squares would leave the range of fp32
+    # Squares of deltas outside this range would leave that of fp32.
+    unit = size if size and not 1e-8 < size < 1e8 else 1.0
     lost2 = size2 = 0.0
     with torch.inference_mode(False), torch.no_grad():
         for rows, delta in _deltas(place):
@@ -231,7 +228,7 @@ def _add_to_base_(place: Place, write: bool) -> float:
 
 
 def _unrestorable(place: Place) -> str | None:
-    """Why the base cannot be copied back."""
+    """Why the base cannot be copied back; None if it can."""
     base, name = place.base, place.parameter
     weight = place.layer._parameters.get(name)
     if weight is None or base is None:
@@ -244,7 +241,7 @@ def _unrestorable(place: Place) -> str | None:
 
 
 def _unfit(place: Place) -> str | None:
-    """Why the Parameter cannot take the delta."""
+    """Why the Parameter cannot take the delta; None if it can."""
     name, own = place.parameter, place.layer._parameters
     weight, d = own.get(name), own.get(d_name(name))
     if weight is None or d is None:
@@ -260,7 +257,8 @@ def _unfit(place: Place) -> str | None:
         (d_name(name), d, place.config.d_shape),
     ):
         if tensor.shape != shape:
-            return f"its {key} has the shape {tuple(tensor.shape)}, not {shape} (partitioned? resized?)"
+            found = f"the shape {tuple(tensor.shape)}, not {shape}"
+            return f"its {key} has {found} (partitioned? resized?)"
     if weight.device != d.device:
         return f"its {name} is on {weight.device} and {d_name(name)} on {d.device}"
     return None

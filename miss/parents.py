@@ -1,4 +1,4 @@
-"""Modules that read a child's weight, or pass a child by: what is done about each, on and off."""
+"""Modules of torch that bypass their children: which children are refused, hooks for the rest."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ __all__ = ["keep_padding", "keep_slow_path", "place_hooks", "read_weights", "rem
 
 
 def read_weights(tree: Tree) -> dict[int, str]:
-    """By id, each module whose weight its parent reads without a call, and why that matters."""
+    """By id, each module whose parent reads its weight without calling it, and why that matters."""
     reasons = {}
     for name, module, _ in tree.entries:
         if isinstance(module, nn.MultiheadAttention):
@@ -49,18 +49,18 @@ def remove_hooks(tree: Tree) -> None:
 
 
 def keep_slow_path(module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook that does nothing; its presence keeps `nn.TransformerEncoderLayer` off its fused path.
+    """Do nothing: with any forward hook `nn.TransformerEncoderLayer` leaves its fused path.
 
-    That path reads ``linear1.weight`` and ``linear2.weight`` and never calls the layers.
+    That path reads ``linear1.weight`` and ``linear2.weight`` and never calls these layers.
     """
 
 
 def keep_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward pre-hook that keeps `nn.TransformerEncoder` from nested tensors in training.
+    """A forward pre-hook that keeps `nn.TransformerEncoder` from nested tensors under gradients.
 
-    In eval mode, under a padding mask, that class looks for a parameter that requires grad, sees
-    that the base is frozen, and passes nested tensors on, for which attention has no gradient. An
-    input that requires grad is the sign that it looks for.
+    In eval mode with a padding mask, that class passes on nested tensors, for which attention has
+    no gradient, unless its input or a weight of its first layer requires grad. The base weights
+    are frozen, so the hook makes the input require grad.
     """
     padded = (args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")) is not None
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())

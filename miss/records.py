@@ -1,4 +1,4 @@
-"""What a file says of each adapter, besides its tensor: written, and read with every field checked."""
+"""What a file says of each adapter besides its tensor. Every field that is read is checked."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ __all__ = ["Record", "described", "parse", "record_of"]
 
 
 class Record(NamedTuple):
-    """What a file says of one adapted Parameter: its module, its name there, the host, the settings."""
+    """What a file says of one adapted Parameter: module, own name, host and settings."""
 
     module: str
     parameter: str
@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
 
 def record_of(place: Place) -> Record:
-    """The settings of an adapted Parameter."""
+    """The record of an adapted Parameter."""
     return Record(place.name, place.parameter, path_of(place.layer.miss_host), place.config)
 
 
@@ -39,7 +39,7 @@ def described(record: Record) -> dict[str, Any]:
 
 
 def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
-    """The description of a file as records, every field of it checked."""
+    """The records of a file's description and its extra keys; every field is checked."""
     adapters, extra = about.get("adapters"), about.get("extra")
     if about["format"] == 1:
         modules = about.get("modules")
@@ -66,7 +66,7 @@ def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
 
 
 def _of_format_1(modules: dict[str, Any]) -> dict[str, Any]:
-    """The description of format 1, which knew linear layers alone, in today's words."""
+    """A description of format 1, which knew only linear layers, turned into one of format 2."""
     linear = {"parameter": "weight", "host": path_of(LinearHost)}
     adapters = {}
     for name, fields in modules.items():

@@ -19,8 +19,8 @@ __all__ = ["LayerSummary", "Summary", "summary"]
 class LayerSummary:
     """One adapted layer, or one Parameter of a layer that has several D's.
 
-    ``shape`` is the Parameter's, of a linear layer ``(out_features, in_features)``; ``trainable``
-    counts D and, once for each layer, what else in it requires grad.
+    ``shape`` is the Parameter's: in a linear layer ``(out_features, in_features)``. ``trainable``
+    counts D and, once for each layer, what else in the layer requires grad.
     """
 
     name: str
@@ -32,24 +32,24 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` counted; ``str()`` is a table of it. A parameter in several places counts once."""
+    """What `summary` counted; ``str()`` is a table. A parameter in several places counts once."""
 
     layers: tuple[LayerSummary, ...]  #: the adapted layers, in the order of `adapted_modules`
     total: int  #: all parameters, adapters included
     trainable: int  #: those with requires_grad
     adapter: int  #: those of all D
-    adapted_base: int  #: the parameters of the adapted layers, D left out
-    other_trainable: dict[str, int]  #: module with trainable parameters beside D -> how many
+    adapted_base: int  #: the parameters of the adapted layers, without D
+    other_trainable: dict[str, int]  #: module with trainable parameters besides D -> how many
     skipped: dict[str, str]  #: layer that a target matched and that could not be adapted -> why
 
     @property
     def percent(self) -> float:
-        """Trainable parameters in per cent of all."""
+        """Trainable parameters as a percentage of all."""
         return 100 * self.trainable / max(1, self.total)
 
     @property
     def share(self) -> float:
-        """The part of the base model's parameters that sits in adapted layers, from 0 to 1."""
+        """The part of the base model's parameters that lies in adapted layers, from 0 to 1."""
         return self.adapted_base / max(1, self.total - self.adapter)
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ def summary(model: nn.Module) -> Summary:
     ``print(summary(model))`` shows a table.
 
     Raises:
-        TargetError: ``model`` is no module.
+        TargetError: ``model`` is not a module.
 
     >>> from miss import inject
     >>> print(summary(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)))
@@ -109,9 +109,8 @@ def summary(model: nn.Module) -> Summary:
     others: dict[str, int] = {}
     skipped: dict[str, str] = {}
     for name, module in tree.of_type(nn.Module).items():
-        new = {
-            id(p): p for p in module._parameters.values() if p is not None and id(p) not in every
-        }
+        held = {id(p): p for p in module._parameters.values() if p is not None}
+        new = {key: p for key, p in held.items() if key not in every}
         every |= new
         trained = [p for key, p in new.items() if p.requires_grad and key not in own]
         if trained:

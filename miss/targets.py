@@ -1,4 +1,4 @@
-"""From ``targets`` to modules and Parameters: what of a model a user means. Nothing is changed."""
+"""Resolve ``targets`` to the modules and Parameters of a model. Nothing is changed."""
 
 import difflib
 import fnmatch
@@ -26,7 +26,7 @@ FORMS = "a str, compiled pattern, module type, callable(name, module), or an ite
 
 
 class Site(NamedTuple):
-    """A Parameter to adapt: the first name of its module, the module, the Parameter's name in it."""
+    """A Parameter to adapt: its module's first name, the module, and the Parameter's name in it."""
 
     name: str
     module: nn.Module
@@ -35,7 +35,7 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select` found: Parameters to adapt, modules passed over and why, ``trainable`` modules."""
+    """What `select` found: what to adapt, what was passed over and why, ``trainable`` modules."""
 
     adapt: list[Site]
     skipped: list[tuple[nn.Module, str]]
@@ -43,7 +43,7 @@ class Selection:
 
 
 class Hits(NamedTuple):
-    """What one target matches: modules by id, Parameters as (module id, name), by their full names."""
+    """What one target matches: modules by id, and full names of Parameters by (module id, name)."""
 
     modules: dict[int, nn.Module]
     parameters: dict[tuple[int, str], str]
@@ -58,21 +58,17 @@ def select(
     exclude: Targets = (),
     trainable: Targets = (),
 ) -> Selection:
-    """Resolve ``targets`` in a model; `miss.inject` says what each form of target matches.
+    """Resolve ``targets``, sorted by name; `miss.inject` says what each form of target matches.
 
     Args:
         tree: the model.
         targets: one target or an iterable of them.
-        candidates: by id, each module that is of an adaptable type or looks like one: why it cannot
-            be adapted, or None if it can.
-        exclude, trainable: the same forms; a module stands for all that it contains.
-
-    Returns:
-        The selection, sorted by name.
+        candidates: by id, why a module that looks adaptable cannot be adapted; None if it can.
+        exclude, trainable: in the forms of ``targets``; a module stands for all that it contains.
 
     Raises:
-        TargetError: a target, ``exclude`` or ``trainable`` is malformed or matches nothing; a plain
-            string matches what cannot be adapted; nothing is left to adapt.
+        TargetError: a target is malformed or matches nothing; a plain string matches what cannot be
+            adapted; nothing is left to adapt.
     """
     trained = modules_of(tree, trainable, "trainable")
     excluded, excluded_parameters = _excluded(tree, exclude)
@@ -113,8 +109,7 @@ def select(
 def modules_of(tree: Tree, targets: Targets, argument: str) -> list[nn.Module]:
     """The modules that ``targets`` match, and all that these contain.
 
-    Raises:
-        TargetError: one is malformed or matches nothing; the message names the ``argument``.
+    A `TargetError` names the ``argument`` if a target is malformed or matches nothing.
     """
     tops: list[nn.Module] = []
     names = [entry.name for entry in tree.entries if entry.name]
@@ -145,7 +140,7 @@ def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, st
 
 
 def _hits(tree: Tree, target: Target, not_linear: set[int]) -> Hits:
-    """What a target matches, adaptable or not. ``not_linear`` is what ``"all-linear"`` leaves out."""
+    """What a target matches, adaptable or not; ``"all-linear"`` leaves ``not_linear`` out."""
     matches = _matcher(target, not_linear)
     modules = {id(e.module): e.module for e in tree.entries if matches(e.name, e.module)}
     parameters: dict[tuple[int, str], str] = {}
@@ -193,7 +188,7 @@ def _has_two_axes(parameter: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _listed(targets: Targets, argument: str) -> list[Target]:
-    """``targets`` as a list, every item of a form that we know."""
+    """``targets`` as a list, each item checked to be of a known form."""
     items: list[Any] = [targets]
     if isinstance(targets, Iterable) and not isinstance(targets, str) and not callable(targets):
         items = list(targets)
@@ -236,7 +231,7 @@ def _no_match(
     hits: Hits,
     refused: Mapping[int, str],
 ) -> TargetError:
-    """Why ``target`` gives nothing to adapt: what it did match, or the names that come nearest."""
+    """Why ``target`` gives nothing to adapt: what it matches instead, or the nearest names."""
     names = [entry.name for entry in tree.entries if candidates.get(id(entry.module), "") is None]
     if refused:
         key, reason = next(iter(refused.items()))
@@ -267,7 +262,7 @@ def _weights(module: nn.Module) -> list[str]:
 
 
 def _only_parameters(target: Target, left: list[str]) -> TargetError:
-    """The error of a lone last component that no module has."""
+    """The error of a target that only Parameters end in, and no module."""
     longer = dict.fromkeys(".".join(full.split(".")[-2:]) for full in left)
     rule = "matches no module; it is the last part of the names of Parameters"
     do = f"write {' or '.join(map(repr, list(longer)[:5]))} to mean the Parameter"
@@ -275,7 +270,7 @@ def _only_parameters(target: Target, left: list[str]) -> TargetError:
 
 
 def _nothing(target: Target, names: list[str], shown: str = "") -> TargetError:
-    """The error of a target that no name fits; ``shown`` is the target where the place lacks it."""
+    """The error of a target that no name fits; ``shown`` is the target if the place lacks it."""
     expected = _nearest(target, names) or "a model with a torch.nn.Linear or a registered type"
     if isinstance(target, str) and set(target) & set("(|\\$"):
         rule = f"{shown}matches nothing; a string is no regular expression"
@@ -288,7 +283,7 @@ def _shown(target: Target) -> str:
 
 
 def _nearest(target: Target, names: list[str]) -> str | None:
-    """A hint for a user who mistyped: names, or endings of names, that come nearest; else some."""
+    """A hint for a mistyped target: the nearest names or endings of names; else some names."""
     pattern = target.pattern if isinstance(target, re.Pattern) else target
     near: list[str] = []
     if isinstance(pattern, str):

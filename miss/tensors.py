@@ -1,4 +1,4 @@
-"""What a tensor is: ordinary, a DTensor, writable, tied, held by FSDP. Asked here and nowhere else."""
+"""What a tensor is: ordinary, a DTensor, writable, tied, held by FSDP. Only this module asks."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -7,25 +7,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "ADAPTER_DTYPES",
-    "Owners",
-    "contiguous",
-    "is_data",
-    "is_dtensor",
-    "is_lazy",
-    "is_managed",
-]
-__all__ += [
-    "is_ordinary",
-    "largest",
-    "numel",
-    "owners",
-    "positions",
-    "same",
-    "tied_to",
-    "unwritable",
-]
+__all__ = ["ADAPTER_DTYPES", "Owners", "contiguous", "is_data", "is_dtensor", "is_lazy"]
+__all__ += ["is_managed", "is_ordinary", "largest", "numel", "owners", "positions", "same"]
+__all__ += ["tied_to", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLES = 64  # how many values of a tensor `positions` names
@@ -41,12 +25,15 @@ def is_ordinary(tensor: Any) -> bool:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether ``tensor`` is a DTensor; if torch never loaded their module, which is costly, it is none."""
+    """Whether ``tensor`` is a DTensor.
+
+    Their module is costly to import. If it was never loaded, there is no DTensor.
+    """
     return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def is_data(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is ordinary and dense, and has values: not quantised, not on the meta device."""
+    """Whether ``tensor`` is ordinary, dense, not quantised, and has values (not on meta)."""
     ordinary = is_ordinary(tensor) and tensor.layout == torch.strided
     return ordinary and not tensor.is_meta and not tensor.is_quantized
 
@@ -59,9 +46,9 @@ def is_lazy(tensor: Any) -> bool:
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether FSDP manages the Parameters of ``module``, which then may be its transient copies.
+    """Whether FSDP manages the Parameters of ``module``, which may then be transient copies.
 
-    Both FSDP1 and ``fully_shard`` leave this mark, for torch's compiler, on every module they manage.
+    FSDP1 and ``fully_shard`` leave this mark for torch's compiler on every module that they manage.
     """
     return bool(module.__dict__.get("_is_fsdp_managed_module", False))
 
@@ -81,12 +68,12 @@ def unwritable(tensor: Tensor) -> str | None:
 
 
 def numel(tensor: Tensor) -> int:
-    """The number of elements; 0 where a tensor has no shape yet."""
+    """The number of elements; 0 if the tensor has no shape yet."""
     return 0 if is_lazy(tensor) else tensor.numel()
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest absolute value; NaN where an element is."""
+    """The largest absolute value; NaN if an element is NaN."""
     low, high = torch.aminmax(tensor)
     return max(-float(low), float(high))
 
@@ -110,11 +97,11 @@ def same(a: Tensor, b: Tensor) -> bool:
 def positions(count: int) -> Tensor:
     """Up to 64 flat positions in a tensor of ``count`` elements, spread over its rows and columns.
 
-    They depend on ``count`` alone. A plain stride would fall into a single column where it divides
-    the width; the triangular numbers reach odd columns where every stride is even.
+    They depend only on ``count``. A plain stride would stay in one column if it is a multiple of
+    the width. The triangular numbers reach odd columns even when every stride is even.
 
     >>> positions(4096)[:4]
-    tensor([  0, 120, 151, 205])
+    tensor([  0,  72, 191, 229])
     """
     n = min(SAMPLES, count)
     step = max(1, count // max(1, n))
@@ -133,7 +120,7 @@ def owners(named: Iterable[tuple[str, Any]]) -> Owners:
 
 
 def tied_to(name: str, tensor: Tensor, found: Owners) -> str | None:
-    """The first tensor of another name that shares memory with the tensor ``name``; None if none does."""
+    """The name of the first other tensor that shares memory with the tensor ``name``; else None."""
     if not is_data(tensor):
         return None
     for owner, other in found.get((tensor.device, tensor.untyped_storage().data_ptr()), []):
@@ -143,7 +130,7 @@ def tied_to(name: str, tensor: Tensor, found: Owners) -> str | None:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage may have an element in common: their ranges of memory meet."""
+    """Whether two tensors of one storage may share an element: whether their memory ranges meet."""
     if not a.numel() or not b.numel():
         return False
     (start_a, end_a), (start_b, end_b) = _range(a), _range(b)

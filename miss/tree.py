@@ -45,7 +45,7 @@ class Tree:
         entries: the walk.
 
     Raises:
-        TargetError: ``model`` is no module.
+        TargetError: ``model`` is not a module.
     """
 
     def __init__(self, model: nn.Module) -> None:

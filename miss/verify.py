@@ -1,4 +1,4 @@
-"""`verify`: a run that shows that every adapter takes part."""
+"""`verify` runs a model once and checks that every adapter takes part."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,15 +18,16 @@ __all__ = ["verify"]
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Run ``model(*args, **kwargs)`` once and check that every adapter took part.
 
-    The run is without gradients, in the mode that the model is in, and eager also where it is compiled. Buffers (running
-    statistics) and torch's random generators are as before afterwards, also where the run fails.
+    The run is without gradients, in the model's current mode, and eager even when the model is
+    compiled. Buffers (running statistics) and torch's random generators are restored afterwards,
+    even when the run fails.
 
     Args:
         model: an adapted model.
         args, kwargs: an example input.
 
     Raises:
-        StateError: the model has no adapter, or some were not called, each of which is named.
+        StateError: the model has no adapter, or some were not called; the message names each.
 
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
@@ -57,7 +58,7 @@ def _verify(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 @contextmanager
 def _calls_recorded(layer: AdaptedLayer, name: str, called: set[str]) -> Iterator[None]:
-    """Inside, a call of the layer's forward, also one past its hooks, puts ``name`` into ``called``."""
+    """Put ``name`` into ``called`` when the layer's forward runs, even when its hooks do not."""
     before = layer.__dict__.get("forward")
     forward: Callable[..., Any] = layer.forward
 
@@ -91,21 +92,19 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore each module's buffers: the same tensors, with the contents that they had."""
-    kept = [
-        (m, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
-    ]
-    contents = [
-        (b, b.clone())
-        for b in model.buffers()
-        if b.layout == torch.strided and not b.is_meta and not is_lazy(b)
-    ]
+    kept, contents = [], []
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            kept.append((module, dict(module._buffers)))
+    for buffer in model.buffers():
+        if buffer.layout == torch.strided and not buffer.is_meta and not is_lazy(buffer):
+            contents.append((buffer, buffer.clone()))
     try:
         yield
     finally:
         for module, buffers in kept:
-            if {name: id(b) for name, b in module._buffers.items()} != {
-                name: id(b) for name, b in buffers.items()
-            }:
+            now = {name: id(buffer) for name, buffer in module._buffers.items()}
+            if now != {name: id(buffer) for name, buffer in buffers.items()}:
                 module._buffers.clear()
                 module._buffers.update(buffers)
         for buffer, content in contents:
