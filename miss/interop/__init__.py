@@ -1,4 +1,7 @@
-"""Adapters in the formats of others: `peft` reads and writes PEFT's MiSS directories, `lora` writes exact LoRA ones."""
+"""Adapters in other formats.
+
+`peft` reads and writes PEFT's MiSS directories. `lora` writes LoRA directories, which are exact.
+"""
 
 from miss.interop import lora, peft
 

@@ -18,20 +18,20 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters as a LoRA directory that PEFT and vLLM load.
 
     The files are ``adapter_config.json`` and ``adapter_model.safetensors``. MiSSe becomes ``B = D``
-    and ``A[j, c] = 1 if c mod r == j else 0``, MiSS ``A = D`` and ``B[o, k] = 1`` where output ``o``
-    lies in shard ``k``: no decomposition, no loss. vLLM wants one rank for all modules: where ranks
-    differ, the factors are padded with zeros to the largest. ``lora_alpha`` is ``scale * r``; where
-    scales differ it is ``r``, and D is multiplied by its scale in fp32 and rounded once. What was
-    trained beside the adapters is not written.
+    and ``A[j, c] = 1 if c mod r == j else 0``. MiSS becomes ``A = D`` and ``B[o, k] = 1`` if output
+    ``o`` lies in shard ``k``, else 0. So nothing is decomposed and nothing is lost. vLLM needs one
+    rank for all modules, so if ranks differ, the factors are padded with zeros to the largest.
+    ``lora_alpha`` is ``scale * r``. If scales differ, it is ``r``, and each D is multiplied by its
+    scale in fp32 and rounded once. What was trained besides the adapters is not written.
 
     Args:
         model: an adapted model; not changed.
-        directory: made where it is missing; the two files in it are replaced.
+        directory: made if it is missing; the two files in it are replaced.
 
     Raises:
-        StateError: the model has no adapter, or something shards it; or it is itself an adapted
-            layer, for which there is no module path; or an adapted layer has two names, of which
-            PEFT would adapt one, or is of a registered type.
+        StateError: the model has no adapter, something shards it, or it is itself an adapted layer,
+            which has no module path; an adapted layer has two names, of which PEFT would adapt one,
+            or is of a registered type.
         CheckpointError: a D is not finite, or the files cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
     """

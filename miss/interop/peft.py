@@ -29,19 +29,19 @@ Model = TypeVar("Model", bound=nn.Module)
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
 
-    PEFT's default form is MiSSe at scale 1 and one rank: ``miss_block`` is D transposed, ``(r, out)``,
-    or ``(r, mini_r)`` in the mini form. There is no scale: where a layer's is not 1, D is multiplied
-    by it in fp32 and rounded. What was trained beside the adapters is not written: `miss.save` has
-    ``extra`` for that.
+    PEFT's default form is MiSSe at scale 1 and one rank. ``miss_block`` is D transposed:
+    ``(r, out)``, or ``(r, mini_r)`` in the mini form. PEFT has no scale: if a layer's scale is not
+    1, D is multiplied by it in fp32 and rounded. What was trained besides the adapters is not
+    written: `miss.save` has ``extra`` for that.
 
     Args:
         model: an adapted model; not changed.
-        directory: made where it is missing; the two files in it are replaced.
+        directory: made if it is missing; the two files in it are replaced.
 
     Raises:
-        StateError: the model has no adapter, or something shards it; or it has one that PEFT has no
-            form for: a `MiSSLinear`, a layer of a registered type, layers of several ranks or
-            dropouts; or the model is itself an adapted layer.
+        StateError: the model has no adapter, something shards it, or it is itself an adapted layer;
+            PEFT has no form for its adapters: a `MiSSLinear`, a layer of a registered type or with
+            two names, layers of several ranks or dropouts.
         CheckpointError: a D is not finite, or the files cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
     """
@@ -81,11 +81,11 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def load(model: Model, directory: str | os.PathLike[str]) -> Model:
-    """Read a MiSS (or Bone) directory that PEFT wrote into a model, in place; all or nothing.
+    """Read a MiSS (or Bone) directory that PEFT wrote into a model, in place: all or nothing.
 
-    A model without adapters is injected; one that has adapters must have the same ones. Modules that
-    were trained beside them (``modules_to_save``) are loaded too. No code in a file is run, and
-    nothing is downloaded.
+    A model without adapters is injected. A model with adapters must have the same ones. Modules
+    that were trained besides the adapters (``modules_to_save``) are loaded too. No code in a file
+    is run, and nothing is downloaded.
 
     Args:
         model: the base model that PEFT adapted, or that model adapted by `inject`.

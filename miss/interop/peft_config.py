@@ -1,4 +1,4 @@
-"""The configuration of a PEFT directory of MiSS, read: its form, its layers, and what else it holds."""
+"""What the configuration of a PEFT directory says: its form, its layers, and what else it holds."""
 
 import re
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ def saved_keys(tree: Tree, config: dict[str, Any]) -> list[str]:
     roots = {}
     for wanted in config.get("modules_to_save") or []:
         roots[wanted] = [name for name in modules if _matches(name, [wanted])]
-    # For a classifier PEFT lists both names that its head may have, of which a model has one.
+    # For a classifier PEFT lists both names that its head may have; a model has one of them.
     classifier = config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
     heads = {"classifier", "score"} if classifier else set()
     for wanted, found in roots.items():
@@ -95,9 +95,9 @@ def saved_keys(tree: Tree, config: dict[str, Any]) -> list[str]:
 def others(tree: Tree, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file that are no adapters, by their names in the model.
 
-    PEFT adds the base weight of an adapted output head; it is left out where it is the model's own.
-    Where PEFT trained one of two tied tensors, the other kept its value, which a tied model cannot
-    show.
+    PEFT adds the base weight of an adapted output head, which is left out if it equals the model's
+    own. If PEFT trained one of two tied tensors, the other kept its value. A tied model cannot hold
+    both values, so that is a `CheckpointError`.
     """
     slots: dict[str, Tensor] = {}
     for name, module in tree.of_type(nn.Module).items():
@@ -127,8 +127,8 @@ def _equal(own: Tensor | None, tensor: Tensor) -> bool:
 def _is_target(name: str, config: dict[str, Any]) -> bool:
     """Whether PEFT adapts a layer.
 
-    A regular expression matches the whole name; a listed name matches itself, or, in the layers to
-    transform, the end.
+    A regular expression must match the whole name. A listed name matches the same name and, in the
+    layers to transform, the end of a name.
     """
     named, layers = config["target_modules"], config.get("layers_to_transform")
     saved = any(_matches(part, config.get("modules_to_save")) for part in _parts(name))
@@ -156,6 +156,6 @@ def _matches(name: str, named: Any) -> bool:
 
 
 def _parts(name: str) -> list[str]:
-    """``name`` and the modules that it lies in."""
+    """``name`` and the names of the modules that it lies in."""
     components = name.split(".")
     return [".".join(components[: n + 1]) for n in range(len(components))]

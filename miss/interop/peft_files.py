@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapted(tree: Tree) -> dict[str, AdaptedLayer]:
-    """The adapted layers, or a `StateError` if there is none, or one that PEFT has no key for."""
+    """The adapted layers; a `StateError` if there is none, or if PEFT has no key for one."""
     tree.refuse_sharded()
     tree.adapters()
     layers = own_adapters(tree)
@@ -53,8 +53,9 @@ def aliased(tree: Tree, names: Iterable[str]) -> str | None:
 def base_config(tree: Tree, names: Iterable[str]) -> dict[str, Any]:
     """What every configuration says of the layers ``names``.
 
-    They are listed by their last components, or whole names, or in a regular expression. PEFT takes
-    a name for the end of others too, so the shortest form is chosen that matches just these layers.
+    It lists the layers by their last components, by their whole names, or in a regular expression.
+    PEFT also matches a listed name with the end of longer names, so this takes the first of the
+    three that matches only these layers.
     """
     wanted = set(names)
     targets: list[str] | str = "|".join(map(re.escape, sorted(wanted)))
@@ -81,8 +82,8 @@ def write(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> No
     """Write both files, each atomically, the tensors first; the folder is made if it is missing.
 
     Raises:
-        CheckpointError: a tensor is not finite, has no elements or is no dense tensor, or a file
-            cannot be written.
+        CheckpointError: a tensor is not finite, has no elements or is not dense, or a file cannot
+            be written.
         ImportError: safetensors is absent.
     """
     files.check_tensors(tensors)

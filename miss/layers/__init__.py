@@ -1,4 +1,4 @@
-"""Which layers can be adapted: the registry of layer types, and the classes that adapted layers have."""
+"""Which layers can be adapted: the registry of layer types, and the classes of adapted layers."""
 
 import copyreg
 import sys
@@ -28,17 +28,17 @@ for _class in (MiSSeLinear, MiSSLinear):
 def register(
     layer_type: type[nn.Module], host: type[Host], example: tuple[nn.Module, Any] | None = None
 ) -> None:
-    """Make a layer type of your own one that `inject` adapts, where a target matches it.
+    """Make a layer type of your own adaptable, so that `inject` adapts it if a target matches.
 
     Args:
-        layer_type: the exact type; subclasses of it are not meant.
+        layer_type: the exact type; its subclasses are not adapted.
         host: a subclass of `Host` that says what the type computes.
-        example: a layer and an input of it (or a tuple of arguments). On copies of the layer it is
-            checked for both forms that a zero D leaves the output as it is, bit for bit, and that
-            the adapted layer computes what the plain one does with the delta in its weights.
+        example: a layer and its input (or a tuple of arguments). Copies of the layer are checked
+            in both forms: a zero D must leave the output as it is, bit for bit, and the adapted
+            layer must compute what the plain one computes with the delta in its weights.
 
     Raises:
-        TargetError: ``layer_type`` is no module type, or ``host`` no complete subclass of `Host`.
+        TargetError: ``layer_type`` is not a module type, or ``host`` not a complete `Host`.
         StateError: the type is registered already; type or host cannot be imported by name, which a
             pickle of the layer needs; or the example does not hold.
 
@@ -54,12 +54,12 @@ def register(
 
 
 def host_of(module: nn.Module) -> type[Host] | None:
-    """The host of a module's exact type; None where there is none."""
+    """The host of a module's exact type; None if it has none."""
     return module.miss_host if isinstance(module, AdaptedLayer) else _HOSTS.get(type(module))
 
 
 def host_named(path: str) -> type[Host] | None:
-    """The registered host with this import path; None where there is none."""
+    """The registered host with this import path; None if there is none."""
     return next((host for host in _HOSTS.values() if path_of(host) == path), None)
 
 
@@ -80,7 +80,7 @@ def parameters_of(module: nn.Module) -> list[str]:
 
 
 def class_of(layer_type: type[nn.Module], host: type[Host], form: type[Form]) -> type[AdaptedLayer]:
-    """The class of adapted layers of a type, made where there is none yet."""
+    """The class of adapted layers of a type, made at the first call."""
     key = layer_type, host, METHODS[form.name]
     if key not in _CLASSES:
         _CLASSES[key] = _make_class(*key)
@@ -161,7 +161,7 @@ def _are_axes(axes: Any) -> bool:
 
 
 def _imported(path: str) -> Any:
-    """What a loaded module holds at an import path; None where there is nothing."""
+    """What a loaded module holds at an import path; None if there is nothing."""
     home, _, name = path.rpartition(".")
     while home and home not in sys.modules:
         home, _, outer = home.rpartition(".")
@@ -175,7 +175,7 @@ def _imported(path: str) -> Any:
 def _make_class(
     layer_type: type[nn.Module], host: type[Host], form: type[Form]
 ) -> type[AdaptedLayer]:
-    """The class of adapted layers of a registered type. Its objects pickle as (type, host, form)."""
+    """The class of adapted layers of a registered type. They pickle as (type, host, form)."""
     doc = f"{layer_type.__name__}, adapted with {form.prefix}."
     body = {"miss_form": form, "miss_host": host, "miss_type": layer_type, "__doc__": doc}
     body |= {"__module__": layer_type.__module__, "__reduce_ex__": _reduce}
@@ -192,7 +192,7 @@ def _rebuild(layer_type: type[nn.Module], host: type[Host], form: type[Form]) ->
 
 
 def _reduce(self: AdaptedLayer, protocol: Any) -> Any:
-    """Pickle by the import paths of type, host and form, as no import finds a class that was made."""
+    """Pickle by the import paths of type, host and form, because a made class has none."""
     reduced: Any = super(AdaptedLayer, self).__reduce_ex__(protocol)
     build, args, *rest = reduced
     if build is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]

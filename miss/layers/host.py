@@ -1,4 +1,4 @@
-"""`Host`, what a base layer is, and the names of what an adapter adds to it."""
+"""`Host`, which describes a base layer, and the names of what an adapter adds to the layer."""
 
 import copy
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ __all__ = ["Depth", "Host", "base_name", "d_name"]
 
 
 class Host:
-    """What one type of layer is; subclass it and `register` it to adapt layers of your own.
+    """Describes one type of layer; subclass it and `register` it to adapt layers of your own.
 
-    A host is never instantiated: its functions take the layer. A form asks it for the axes of the
-    weight, and for the layer's own operation with D in place of the weight.
+    A host is never instantiated: its functions take the layer. It gives a form the axes of the
+    weight, and the layer's own operation with D in place of the weight.
 
     Attributes:
         axes: for each Parameter that can be adapted, by name: its axes "out" and "in".
@@ -33,24 +33,34 @@ class Host:
 
     @staticmethod
     def product(layer: Any, x: Tensor, d: Tensor, parameter: str) -> Tensor:
-        """The layer's operation on ``x`` with ``d`` for the Parameter and no bias.
+        """The layer's operation on ``x`` with ``d`` in place of the Parameter and no bias.
 
         Args:
             layer: the base layer.
             x: an input of the layer; for MiSSe its "in" features are cut to the rank.
             d: D, in the layout of the Parameter, one axis cut to the rank.
             parameter: the name of the Parameter, for a host of several.
+
+        Shape:
+            That of the layer's output; for MiSS its "out" features are cut to the rank.
+
+        Raises:
+            StateError: the host does not define it.
         """
         raise StateError("a host must define product(layer, x, d, parameter)")
 
     @staticmethod
     def fast(layer: Any, x: Tensor) -> Tensor | None:
-        """Base and delta at once, where the host has a faster way that applies; else None."""
+        """Base and delta at once, if the host has a faster way that applies; else None.
+
+        Shape:
+            That of the layer's output.
+        """
         return None
 
     @staticmethod
     def with_weights(layer: Any, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """The base layer's output with other tensors for some Parameters; ``layer`` is unchanged."""
+        """The base layer's output with other tensors as some Parameters; ``layer`` is unchanged."""
         other = copy.copy(layer)
         other._parameters = {**layer._parameters, **weights}
         return layer.miss_type.forward(other, *args, **kwargs)
@@ -73,7 +83,7 @@ class Depth:
 def d_name(parameter: str) -> str:
     """The name of the D of a Parameter: ``miss_D`` for ``weight``, else with the Parameter's name.
 
-    The word weight is left out, since initialisers look for it in names.
+    The word "weight" is left out, because initialisers look for it in names.
 
     >>> d_name("weight"), d_name("in_proj_weight"), d_name("weight_ih_l0"), d_name("down_proj")
     ('miss_D', 'miss_D_in_proj', 'miss_D_ih_l0', 'miss_D_down_proj')

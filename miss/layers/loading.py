@@ -22,13 +22,13 @@ def metadata(form: type[Form], merged: bool) -> dict[str, Any]:
 
 
 def about_of(state: Mapping[str, Tensor], key: str) -> dict[str, Any]:
-    """What a state's ``_metadata`` says of the layer of a D; empty where it is unknown."""
+    """What a state's ``_metadata`` says of the layer of a D; empty if it is unknown."""
     layers = getattr(state, "_metadata", None) or {}
-    return dict(layers.get(key.rpartition(".")[0], {}).get(KEY, {}))
+    return dict(layers.get(str(key).rpartition(".")[0], {}).get(KEY, {}))
 
 
 def check_form(form: type[Form], about: Mapping[str, Any]) -> None:
-    """A `StateError` where a D comes from another form than ``form``; what is absent is unknown."""
+    """Raise a `StateError` if a D comes from another form than ``form``; absent fields pass."""
     own = {"form": form.name, "alternate": form.alternate}
     theirs = {key: about.get(key, value) for key, value in own.items()}
     if theirs != own:
@@ -46,13 +46,15 @@ def check(
     Args:
         config: the Parameter's settings.
         own: its base and its D.
-        incoming: the same of the state; None where the state has no such key.
+        incoming: the same of the state; None if the state has no such key.
         about: the state's metadata of the layer.
 
     Raises:
-        StateError: the weight is merged, by its mark or by its values, so that the delta would count
-            twice; or D is of another form. A base other than the present one, under a D that is not
-            zero and does not come along, is a warning.
+        StateError: the weight is merged, as its mark or its values show, so that the delta would
+            count twice; or D is of another form.
+
+    A `UserWarning` says if a base other than the present one is loaded under a D that is not zero
+    and is not loaded with it.
     """
     (weight, d), (new, new_d) = own, incoming
     if new is not None and about.get("merged", False):
@@ -75,7 +77,7 @@ def check(
 
 
 def merged_at(config: LayerConfig, weight: Tensor, d: Tensor, new: Tensor) -> bool:
-    """Whether ``new`` is ``weight`` plus the delta of ``d``, and not ``weight``, at 64 positions."""
+    """Whether at 64 positions ``new`` is ``weight`` plus the delta of ``d``, and not ``weight``."""
     with torch.no_grad():
         places = positions(weight.numel()).to(weight.device)
         index = torch.unravel_index(places, weight.shape)

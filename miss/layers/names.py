@@ -16,7 +16,7 @@ Self = TypeVar("Self", bound="TorchLayer")
 
 
 class ShortName:
-    """A short name of a ``miss_`` attribute; what the object itself has under that name comes first."""
+    """A short name of a ``miss_`` attribute; an attribute of the object itself comes first."""
 
     def __init__(self, settable: bool = False) -> None:
         self.settable = settable
@@ -48,10 +48,10 @@ class ShortName:
 
 
 class TorchLayer(AdaptedLayer):
-    """What the package's classes for torch's own layer types have beside ``miss_`` names.
+    """The short names of the package's classes for torch's own layer types.
 
-    Where the object itself has an attribute, a Parameter, a buffer or a child of a short name, that
-    name gives it.
+    If the object itself has an attribute, Parameter, buffer or child of a short name, the name
+    gives that instead.
     """
 
     rank = ShortName()
@@ -71,9 +71,10 @@ class TorchLayer(AdaptedLayer):
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Turn ``layer`` itself into this class: same object, parameters, hooks, flags, and a zero D.
+        """Turn ``layer`` itself into this class, with a zero D.
 
-        Args are those of the constructor; no ``requires_grad`` flag is touched. Returns ``layer``.
+        The object, its parameters, hooks and ``requires_grad`` flags stay the same. The arguments
+        are those of the constructor. Returns ``layer``.
 
         Raises:
             TargetError: ``layer`` is of another type.
@@ -87,7 +88,7 @@ class TorchLayer(AdaptedLayer):
         >>> linear
         MiSSeLinear(in_features=6, out_features=4, bias=True, rank=2, scale=1.0, dropout=0.0)
         """
-        from miss.layers import path_of, refusal  # the registry, which knows this class
+        from miss.layers import path_of, refusal  # late, because the registry imports this class
 
         with at(type(layer).__name__):
             if isinstance(layer, AdaptedLayer):

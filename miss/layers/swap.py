@@ -46,7 +46,7 @@ def new_adapter(
 def new_d(
     layer: nn.Module, parameter: str, config: LayerConfig, dtype: torch.dtype | None
 ) -> nn.Parameter:
-    """A zero D on the device of the Parameter, in ``dtype``, or by default in fp32 or wider."""
+    """A zero D on the Parameter's device, in ``dtype`` or, if that is None, in fp32 or wider."""
     weight = layer.get_parameter(parameter)
     wide = weight.dtype if weight.dtype in (torch.float64, torch.float32) else torch.float32
     with torch.inference_mode(False):
@@ -70,7 +70,7 @@ def attach(layer: Any, parameter: str, config: LayerConfig, d: nn.Parameter) -> 
 
 
 def swap_back_(layer: AdaptedLayer) -> None:
-    """Make an adapted layer one of its own type again; each D goes, and no flag is touched."""
+    """Make an adapted layer one of its own type again: each D goes, and no flag changes."""
     for parameter in layer.miss_configs:
         delattr(layer, d_name(parameter))
         layer._buffers.pop(base_name(parameter), None)
