@@ -1,4 +1,4 @@
-"""Tensors of an adapter against the model that they are for: check all of it, then write all of it."""
+"""Put an adapter's tensors into a model: check all of them, then write all of them."""
 
 from collections.abc import Mapping
 
@@ -30,7 +30,7 @@ def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tens
         tensors: by key, each D, which fits its settings, and other parameters and buffers.
 
     Raises:
-        CheckpointError: what there is does not fit the model.
+        CheckpointError: a record or a tensor does not fit the model.
         StateError: the model is merged, or a tensor of it cannot be written.
     """
     adapted = own_adapters(tree)
@@ -55,19 +55,23 @@ def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tens
 
 
 def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
-    """The adapted layers, or a `StateError` if a D is computed from something else."""
+    """The adapted layers; a `StateError` if a D is only a part, or computed from something else."""
     adapted = tree.adapted
     for name, layer in adapted.items():
-        for parameter in layer.miss_configs:
-            if (d := d_name(parameter)) not in layer._parameters:
-                with at(named(name)):
-                    rule = f"its {d} is no parameter of its own any more (pruned, parametrized?)"
+        for parameter, config in layer.miss_configs.items():
+            key, d = d_name(parameter), layer._parameters.get(d_name(parameter))
+            with at(named(name)):
+                if d is None:
+                    rule = f"its {key} is no parameter of its own any more (pruned, parametrized?)"
                     raise StateError(rule, do="remove what replaced it")
+                if d.shape != config.d_shape:
+                    rule, actual = f"its {key} has another shape (partitioned?)", tuple(d.shape)
+                    raise StateError(rule, expected=config.d_shape, actual=actual)
     return adapted
 
 
 def unmerged(adapted: Mapping[str, AdaptedLayer]) -> None:
-    """A `StateError` if a layer is merged."""
+    """Raise a `StateError` if a layer is merged."""
     for name, layer in adapted.items():
         if layer.miss_merged:
             with at(named(name)):
@@ -75,7 +79,7 @@ def unmerged(adapted: Mapping[str, AdaptedLayer]) -> None:
 
 
 def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of one module, without D; the base even while merged."""
+    """The parameters and persistent buffers of a module, without D; the base even while merged."""
     own = {**module._parameters, **module._buffers}
     transient = set(module._non_persistent_buffers_set)
     for parameter in module.miss_configs if isinstance(module, AdaptedLayer) else ():
@@ -85,7 +89,7 @@ def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_keys(missing: list[str], unexpected: list[str], against: str = "the model") -> None:
-    """A `CheckpointError` unless both lists are empty."""
+    """Raise a `CheckpointError` unless both lists are empty."""
     counts = []
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
@@ -95,7 +99,7 @@ def check_keys(missing: list[str], unexpected: list[str], against: str = "the mo
 
 
 def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
-    """Each tensor against the one that it is to replace or to be added to."""
+    """Check each tensor against the one that it replaces or is added to."""
     files.check_tensors(tensors)
     for key, tensor in tensors.items():
         expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slots[key], tensor))
@@ -105,7 +109,7 @@ def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Non
 
 
 def copy_(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
-    """Write each tensor into its slot, after all have been brought to their devices."""
+    """Write each tensor into its slot, after all have been moved to their devices."""
     for key in tensors:
         if (reason := unwritable(slots[key])) is not None:
             raise StateError(f"{key} of the model {reason}, so that nothing can be loaded into it")
@@ -163,7 +167,7 @@ def _plan(
 
 
 def _check_same(records: Mapping[str, Record], adapted: Mapping[str, AdaptedLayer]) -> None:
-    """The adapters of a file against those of a model: their keys, and the settings but dropout."""
+    """Check a file's adapters against a model's: the keys, and all settings except dropout."""
     own = {(record := record_of(place)).key: record for place in places(adapted).values()}
     missing = [key for key in own if key not in records]
     check_keys(missing, [key for key in records if key not in own])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from miss import fused
+from miss.layers.linear import FAST
 
 
 @contextmanager
@@ -32,10 +33,7 @@ def counted() -> Iterator[mock.Mock]:
     def counting(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args: (calls(), real(*args))[1]
 
-    with (
-        mock.patch.object(fused, "misse_linear", counting(fused.misse_linear)),
-        mock.patch.object(fused, "miss_linear", counting(fused.miss_linear)),
-    ):
+    with mock.patch.dict(FAST, {form: counting(real) for form, real in FAST.items()}):
         yield calls
 
 

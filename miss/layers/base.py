@@ -1,7 +1,7 @@
 """`AdaptedLayer`, what an adapted layer is.
 
 A layer is adapted in place: its class becomes one that has `AdaptedLayer` before the layer's own
-type. The base computes by that type's ``forward``; the mixin adds the delta.
+type. That type's ``forward`` computes the base's output; the mixin adds the delta.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from miss.errors import ShapeError, StateError, TargetError, at, is_merged
 from miss.forms import Form, LayerConfig
 from miss.layers import loading
 from miss.layers.host import Depth, Host, base_name, d_name
+from miss.tensors import is_dtensor, is_managed
 
 __all__ = ["AdaptedLayer"]
 
@@ -30,8 +31,9 @@ else:
 class AdaptedLayer(_Mixin):
     """What every adapted layer has; a mixin before the layer's own type.
 
-    It defines names that begin with ``miss_``, ``forward``, and torch's own hooks, so that nothing
-    of the layer is hidden. A layer has one form; each adapted Parameter has a D and a `LayerConfig`.
+    It defines only names that begin with ``miss_``, ``forward``, and torch's own hooks, so that it
+    hides nothing of the layer. A layer has one form. Each adapted Parameter has a D and a
+    `LayerConfig`.
 
     Attributes:
         miss_form: how D is shared.
@@ -59,12 +61,21 @@ class AdaptedLayer(_Mixin):
 
     @property
     def miss_rank(self) -> int:
-        """The length of D's shared axis, a bound on the rank of the delta."""
+        """The length of D's shared axis, a bound on the rank of the delta.
+
+        Raises:
+            StateError: the layer has several D's; `miss_configs` has the settings of each.
+        """
         return self._miss_only().rank
 
     @property
     def miss_scale(self) -> float:
-        """The factor of the delta; it can be assigned."""
+        """The factor of the delta; it can be assigned.
+
+        Raises:
+            StateError: the layer has several D's; `miss_configs` has the settings of each.
+            ShapeError: what is assigned is not a finite number.
+        """
         return self._miss_only().scale
 
     @miss_scale.setter
@@ -73,7 +84,12 @@ class AdaptedLayer(_Mixin):
 
     @property
     def miss_dropout(self) -> float:
-        """The probability of zeroing an input of the adapter in training; it can be assigned."""
+        """The probability of zeroing an input of the adapter in training; it can be assigned.
+
+        Raises:
+            StateError: the layer has several D's; `miss_configs` has the settings of each.
+            ShapeError: what is assigned is not in ``[0, 1)``.
+        """
         return self._miss_only().dropout
 
     @miss_dropout.setter
@@ -114,20 +130,23 @@ class AdaptedLayer(_Mixin):
         """Set each D to zero, in place: the layer computes what its base does.
 
         Raises:
-            StateError: the layer is merged.
+            StateError: the layer is merged, or FSDP holds a transient copy of D.
         """
-        if self.miss_merged:
-            with at(type(self).__name__):
-                raise is_merged("a reset would leave the delta in the weight")
-        with torch.no_grad():
-            for parameter in self._miss_configs:
-                getattr(self, d_name(parameter)).zero_()
+        for parameter in self._miss_configs:
+            if is_managed(self) and not is_dtensor(getattr(self, d_name(parameter))):
+                with at(type(self).__name__):
+                    rule = "a reset would be lost: FSDP holds D, and this is a transient copy"
+                    raise StateError(rule, do="model.reshard() first")
+        self._miss_zero()
 
     def miss_delta(self, x: Tensor, y: Tensor) -> Tensor:
         """``y``, the base layer's output for the input ``x``, plus the deltas' products with ``x``.
 
-        This is the one place where a delta enters a forward, except on a host's fast path, which
-        steps aside where this method is replaced on an object or in a subclass.
+        A delta enters a forward only here and on a host's fast path. If this method is replaced, on
+        an object or in a subclass, the fast path is not taken.
+
+        Shape:
+            That of ``y``.
         """
         host, last = self.miss_host, self.miss_host.features == -1
         y = y if last else y.movedim(host.features, -1)
@@ -147,7 +166,8 @@ class AdaptedLayer(_Mixin):
         No weight is changed.
 
         Raises:
-            StateError: the layer is merged, in training mode, and gradients are on: D would get none.
+            StateError: the layer is merged, in training mode and with gradients on, so that D would
+                get no gradient.
             ShapeError: the Parameter or D has been replaced by one of another shape.
         """
         if self._buffers and self.miss_merged:
@@ -171,11 +191,12 @@ class AdaptedLayer(_Mixin):
         return ", ".join(text for text in texts if text)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As `nn.Module`; a D that ``to_empty`` or a move off meta leaves uninitialised is zero."""
+        """As in `nn.Module`; zero a D that ``to_empty`` or a move off meta left uninitialised."""
         names = [d_name(parameter) for parameter in self._miss_configs]
         was_meta = {name for name in names if getattr(self, name).is_meta}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # The code object: a module with two names is visited twice, and once only comes from meta.
+        # `to_empty` is known by its code object, not only by meta tensors: it visits a module with
+        # two names twice, and the second time D is not on meta any more.
         emptied = getattr(fn, "__code__", None) in nn.Module.to_empty.__code__.co_consts
         for name in names:
             d = getattr(self, name)
@@ -185,7 +206,7 @@ class AdaptedLayer(_Mixin):
         return self
 
     def _load_from_state_dict(self, state: Any, prefix: str, about: Any, *args: Any) -> None:
-        """As `nn.Module`, after a check of what the state means; see `miss.layers.loading`."""
+        """As in `nn.Module`, after a check of what the state means; see `miss.layers.loading`."""
         for parameter, config in self._miss_configs.items():
             own = self._parameters.get(parameter), self._parameters.get(d_name(parameter))
             keys = prefix + parameter, prefix + d_name(parameter)
@@ -194,12 +215,12 @@ class AdaptedLayer(_Mixin):
         super()._load_from_state_dict(state, prefix, about, *args)
         for parameter in self._miss_configs:
             weight, d = getattr(self, parameter), getattr(self, d_name(parameter))
-            if d.is_meta and not weight.is_meta:  # a base checkpoint moved the weight off it
+            if d.is_meta and not weight.is_meta:  # a base checkpoint moved the weight off meta
                 zeros = torch.zeros_like(d, device=weight.device)
                 setattr(self, d_name(parameter), nn.Parameter(zeros, d.requires_grad))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As `nn.Module`; while merged, as the merged plain layer. The metadata says which."""
+        """As in `nn.Module`; while merged, that of the merged plain layer, as the metadata says."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.miss_merged:
             for parameter in self._miss_configs:
@@ -208,8 +229,16 @@ class AdaptedLayer(_Mixin):
             about = loading.metadata(self.miss_form, self.miss_merged)
             destination._metadata.setdefault(prefix[:-1], {})["miss"] = about
 
+    def _miss_zero(self) -> None:
+        if self.miss_merged:
+            with at(type(self).__name__):
+                raise is_merged("a reset would leave the delta in the weight")
+        with torch.no_grad():
+            for parameter in self._miss_configs:
+                getattr(self, d_name(parameter)).zero_()
+
     def _miss_only(self) -> LayerConfig:
-        """The settings, of a layer that has one D."""
+        """The settings of a layer that has one D; a `StateError` if it has several."""
         if len(self._miss_configs) != 1:
             with at(type(self).__name__):
                 rule = "has several D's, each with settings of its own"
@@ -231,7 +260,7 @@ class AdaptedLayer(_Mixin):
         return super().forward(*args, **kwargs)
 
     def _miss_check_shapes(self) -> None:
-        """A `ShapeError` if a Parameter or its D has been replaced by one of another shape."""
+        """Raise a `ShapeError` if a Parameter or its D was replaced by one of another shape."""
         for parameter, config in self._miss_configs.items():
             sizes = self.miss_host.sizes(self, parameter)
             d_shape = getattr(self, d_name(parameter)).shape
@@ -243,7 +272,7 @@ class AdaptedLayer(_Mixin):
                     raise ShapeError(rule, expected=expected, actual=actual, do=do)
 
     def _miss_input(self, kwargs: dict[str, Any]) -> Any:
-        """The layer's first argument, given by name."""
+        """The layer's first argument, which was given by name."""
         _, first, *_ = inspect.signature(self.miss_type.forward).parameters
         return kwargs[first]
 
@@ -258,7 +287,7 @@ def _reset_parameters(self: Any) -> None:
     Raises:
         StateError: the layer is merged.
     """
-    self.miss_reset_adapter()
+    self._miss_zero()
     super(AdaptedLayer, self).reset_parameters()
 
 

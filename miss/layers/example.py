@@ -23,8 +23,8 @@ def check_example(layer_type: type[nn.Module], cls: type[AdaptedLayer], example:
         example: ``(layer, input)``, or ``(layer, (inputs...))``; not changed.
 
     Raises:
-        TargetError: the example is no such pair.
-        StateError: the host does not describe the layer: the message says which check failed.
+        TargetError: the example is not such a pair.
+        StateError: the host does not describe the layer; the message says which check failed.
     """
     if not isinstance(example, tuple) or len(example) != 2 or type(example[0]) is not layer_type:
         expected = f"(a {layer_type.__name__}, its input)"
@@ -44,7 +44,7 @@ def check_example(layer_type: type[nn.Module], cls: type[AdaptedLayer], example:
 
 
 def _compare(layer: nn.Module, cls: type[AdaptedLayer], args: tuple[Any, ...]) -> None:
-    """A zero D, then one of small whole numbers, which are exact in every dtype."""
+    """Compare with a zero D, then with a D of small whole numbers, exact in every dtype."""
     plain, adapted = copy.deepcopy(layer).eval(), copy.deepcopy(layer).eval()
     for parameter in cls.miss_host.axes:
         if plain._parameters.get(parameter) is not None:
@@ -57,7 +57,8 @@ def _compare(layer: nn.Module, cls: type[AdaptedLayer], args: tuple[Any, ...]) -
     base: Tensor = plain(*args)
     rule = f"the host does not describe the layer ({cls.__name__})"
     if not torch.equal(adapted(*args), base):
-        raise StateError(f"{rule}: a zero D changes the output")
+        do = "see that the layer computes the same each time, and that product is linear in d"
+        raise StateError(f"{rule}: a zero D changes the output", do=do)
     for parameter in adapted.miss_configs:
         d = adapted.get_parameter(d_name(parameter))
         d.copy_(torch.randint(-2, 3, d.shape))

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from miss import fused
 from miss.errors import at
-from miss.forms import LayerConfig, MiSS, MiSSe, check_adapter_dtype
+from miss.forms import LayerConfig, MiSS, MiSSe, MiSSeMini, check_adapter_dtype
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 from miss.layers.swap import attach, new_d
 
 __all__ = ["LinearHost", "MiSSLinear", "MiSSeLinear"]
+
+# The fast path of each form.
+FAST = {MiSSe: fused.misse_linear, MiSSeMini: fused.misse_linear, MiSS: fused.miss_linear}
 
 
 class LinearHost(Host):
@@ -27,24 +30,24 @@ class LinearHost(Host):
 
     @staticmethod
     def fast(layer: Any, x: Tensor) -> Tensor | None:
-        """Base and delta in one node of the graph, where `fused.fits` and no dropout is active."""
+        """Base and delta in one node of the graph, if `fused.fits` and no dropout is active."""
         if x.is_nested:  # what nn.TransformerEncoder passes on in eval mode under a padding mask
             rows = [layer.forward(row) for row in x.unbind()]
             return torch.nested.as_nested_tensor(rows, layout=x.layout)
         config: LayerConfig = layer._miss_configs["weight"]
-        if layer.training and config.dropout:
+        if config.form not in FAST or (layer.training and config.dropout):
             return None
         weight, bias, d = layer.weight, layer.bias, layer.miss_D
         if weight.shape != config.shape or d.shape != config.d_shape:
             return None
         if not fused.fits(x, weight, bias, d):
             return None
-        linear = fused.misse_linear if config.form.axis else fused.miss_linear
-        return linear(x, weight, bias, config.form.whole(d, config), config.scale)
+        fast = FAST[config.form]
+        return fast(x, weight, bias, config.form.whole(d, config), config.scale)
 
     @staticmethod
     def with_weights(layer: Any, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """As in `Host`, without a second object, which a compiler could not follow."""
+        """As in `Host`, without a copy of the layer, which a compiler could not follow."""
         x = args[0] if args else kwargs["input"]
         return F.linear(x, weights["weight"], layer.bias)
 
@@ -84,9 +87,9 @@ class MiSSeLinear(_AdaptedLinear):
 
     .. math:: y = W_0 x + b + \mathrm{scale} \cdot D S, \qquad S_j = \sum_{c \bmod r = j} x_c
 
-    Equivalently column ``c`` of the delta is ``scale * D[:, c mod rank]``; it is never built in
-    `forward`. ``in_features`` need not be a multiple of ``rank``. `MiSSLinear` shares the other
-    dimension: a different operator.
+    Equivalently, column ``c`` of the delta is ``scale * D[:, c mod rank]``. `forward` never builds
+    the delta. ``in_features`` need not be a multiple of ``rank``. `MiSSLinear` is another operator:
+    it shares the other dimension.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -94,7 +97,7 @@ class MiSSeLinear(_AdaptedLinear):
         scale: factor of the delta; finite.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter (not of the base) in
             training mode.
-        adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 where that is half
+        adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 if that is half
             precision.
 
     Shape:
@@ -104,8 +107,8 @@ class MiSSeLinear(_AdaptedLinear):
     Attributes:
         weight: the base layer's, ``(out_features, in_features)``; the constructor freezes it.
         bias: the base layer's, ``(out_features)``, or None; the constructor freezes it.
-        miss_D: ``(out_features, rank)``, zero at first; trainable. An adapter in PEFT's mini form has
-            fewer rows, a divisor of ``out_features``: row ``o`` of the delta is then that of
+        miss_D: ``(out_features, rank)``, zero at first; trainable. In PEFT's mini form it has fewer
+            rows, a divisor of ``out_features``: row ``o`` of the delta is then that of
             ``miss_D[o mod rows]``.
 
     Raises:
@@ -128,8 +131,8 @@ class MiSSLinear(_AdaptedLinear):
     .. math:: y = W_0 x + b + \mathrm{scale} \cdot \mathrm{repeat}(D x)
 
     Output ``o`` of the delta is ``scale * (D x)[k]`` for the shard ``k`` that ``o`` lies in. The
-    ``rank`` shards are contiguous; their sizes differ by at most one, larger first. `MiSSeLinear`
-    shares the other dimension: a different operator.
+    ``rank`` shards are contiguous. Their sizes differ by at most one, larger first. `MiSSeLinear`
+    is another operator: it shares the other dimension.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
