@@ -121,6 +121,13 @@ def test_combining_adapters_combines_their_deltas(
     assert torch.equal(combine([(states[0], 1)])["miss_D"], states[0]["miss_D"])
 
 
+def test_keys_and_order_of_a_sum_are_those_of_the_first_adapter():
+    one, other = {"b": torch.ones(2), 3: torch.zeros(2)}, {3: torch.ones(2), "b": torch.ones(2)}
+    total = combine([(one, 1.0), (other, 0.5)])
+    assert list(total) == ["b", 3]
+    assert torch.equal(total[3], torch.full((2,), 0.5))
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
