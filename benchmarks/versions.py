@@ -4,7 +4,7 @@ Each checkout's `miss` is imported by itself into this process. Layers of the tw
 of base and D, and are asserted to compute the same before they are timed. Ratios are this
 checkout's time over the other's: of a step (forward and backward, with the gradient of the input),
 of a forward without gradients, of `inject` on the 210 linear layers of SmolLM2-135M, and of
-`import miss` in fresh processes that have imported torch and einops. Bytes are counted. Times of
+`import miss`, from bytecode, in fresh processes that have imported torch and einops. Bytes are counted. Times of
 two threads need a machine that is otherwise idle.
 """
 
@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,10 +43,10 @@ class Settings(NamedTuple):
     seconds: float = 1.2
     blocks: int = 30  # of seven linear layers, in the model
     injections: int = 60
-    imports: int = 60
+    imports: int = 20
 
 
-QUICK = Settings(Settings().shapes[:4], (1, 128), (1,), seconds=0.5, injections=30, imports=20)
+QUICK = Settings(Settings().shapes[:4], (1, 128), (1,), seconds=0.5, injections=30, imports=6)
 
 
 def pair(versions: Mapping[str, Modules], shape: Shape, method: str) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def compare(checkouts: Mapping[str, Path], settings: Settings) -> Row:
     """All that is measured of two checkouts."""
     paths = {name: path.resolve() for name, path in checkouts.items()}
     commits = {name: measure.commit(path) for name, path in paths.items()}
+    load_before = os.getloadavg()[0]
     result: Row = {"environment": measure.environment(), "commits": commits, "rank": RANK}
     result |= {"imports": imports(paths, settings.imports), "times": []}
     versions = {name: load(path) for name, path in paths.items()}
@@ -192,7 +194,7 @@ def compare(checkouts: Mapping[str, Path], settings: Settings) -> Row:
         torch.set_num_threads(threads)
         for rows in (layer_costs(versions, settings), injections(versions, settings)):
             result["times"] += [{"threads": threads} | row for row in rows]
-    return result
+    return result | {"load": [load_before, os.getloadavg()[0]]}
 
 
 def geometric(rows: list[Row]) -> list[str]:
@@ -212,11 +214,15 @@ def report(result: Row) -> str:
     lines = [[*key, len(rows), *geometric(rows)] for key, rows in sorted(groups.items())]
     every = [row for row in result["times"] if row["of"] != "inject"]
     lines.append(["all", "step, forward", "both", "all", len(every), *geometric(every)])
+    logs = [math.log(row["median"]) for row in every]
+    error = statistics.stdev(logs) / math.sqrt(len(logs))
     head = ["threads", "of", "method", "tokens", "cells", "median (quartiles)", "least, largest"]
     found, of = result["imports"], result["commits"]
     ms = found["ms"]
     parts = [
         f"Times of {of[THIS]} over those of {of[OTHER]}\n\n{measure.table(head, lines)}",
+        f"Standard error of the last mean, by the cells' spread: {100 * error:.1f} %. Load of "
+        f"the machine: {result['load'][0]:.1f} before and {result['load'][1]:.1f} after",
         f"`import miss`: {ms[THIS]:.1f} / {ms[OTHER]:.1f} ms ({ms[THIS] - ms[OTHER]:+.1f} ms), "
         f"ratio {geometric([found])[0]}",
         *(f"It adds, {name}: {', '.join(own) or 'none'}" for name, own in found["added"].items()),

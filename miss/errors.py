@@ -4,9 +4,6 @@ Each class also derives from the built-in that a caller would expect, so `except
 like keep working.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 __all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError"]
 __all__ += ["at", "is_merged", "named", "no_adapter"]
 
@@ -52,11 +49,10 @@ class CheckpointError(MissError, ValueError):
     """An adapter file or state dict that is damaged or does not fit the model."""
 
 
-@contextmanager
-def at(where: str) -> Iterator[None]:
-    """Add a place (a module, a file or a function) to an error that leaves this context.
+class at:  # noqa: N801  # it reads as a word: with at("encoder.0")
+    """A context that gives a `MissError` that leaves it its place: a module, a file or a function.
 
-    An error that has a place keeps it, so the innermost place is shown.
+    The innermost place stays.
 
     >>> with at("encoder.0"):
     ...     raise ShapeError("rank must be positive", actual=0)
@@ -64,11 +60,16 @@ def at(where: str) -> Iterator[None]:
     miss.errors.ShapeError: encoder.0: rank must be positive
       actual:   0
     """
-    try:
-        yield
-    except MissError as error:
-        error.where = error.where or where
-        raise
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, MissError):
+            error.where = error.where or self.where
 
 
 def named(name: str) -> str:

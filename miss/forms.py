@@ -5,6 +5,7 @@ an axis "out" and an axis "in". D has the shape of the Parameter, except that on
 cut to the rank.
 """
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -259,9 +260,11 @@ def check_adapter_dtype(dtype: torch.dtype | None) -> None:
 
 def is_real(value: Any) -> bool:
     """Whether ``value`` is a finite number, and no bool."""
+    if type(value) is float:
+        return math.isfinite(value)
     real = isinstance(value, Real) and not isinstance(value, bool)
     return real and bool(abs(value) <= sys.float_info.max)
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))

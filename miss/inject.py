@@ -91,13 +91,11 @@ def inject(
             raise ShapeError("unknown method", expected=expected, actual=actual)
         check_adapter_dtype(adapter_dtype)
         found = select(tree, targets, candidates(tree), exclude=exclude, trainable=trainable)
-        for site in found.adapt:
-            with at(named(site.name)):
-                _check_unadapted(site, method)
         plan: list[Adapter] = []
         settings = {"scale": scale, "dropout": dropout, "adapter_dtype": adapter_dtype}
         for site in found.adapt:
             with at(named(site.name)):
+                _check_unadapted(site, method)
                 cls = _class_for(site.module, method)
                 plan.append(new_adapter(site.module, site.parameter, cls, rank, **settings))  # type: ignore[arg-type]
         adopt_all_(tree, plan, found.trainable, freeze)

@@ -5,7 +5,6 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
@@ -33,8 +32,7 @@ class Site(NamedTuple):
     parameter: str
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What `select` found: what to adapt, what was passed over and why, ``trainable`` modules."""
 
     adapt: list[Site]

@@ -56,6 +56,7 @@ class Tree:
         self.model = model
         self.entries: list[Entry] = []
         self._wrappers = _wrappers()
+        self._wrapper_types = tuple(self._wrappers)
         self._walk(model, "", -1, set(), Counter())
         self.root = model
         while (key := self._wrapped(self.root)) is not None:
@@ -79,7 +80,7 @@ class Tree:
 
     def _wrapped(self, module: nn.Module) -> str | None:
         """The attribute in which a transparent wrapper keeps its module; None for other modules."""
-        if not isinstance(module, tuple(self._wrappers)):
+        if not isinstance(module, self._wrapper_types):
             return None
         return next(key for kind, key in self._wrappers.items() if isinstance(module, kind))
 
@@ -146,12 +147,19 @@ class Tree:
         return found
 
     @cached_property
-    def sharder(self) -> str | None:
-        """What shards Parameters of the model: FSDP1, FSDP2 or a parallel plan; else None."""
+    def _fsdp(self) -> str | None:
+        """Which FSDP the model, a part of it, or what it is a part of, is under; else None."""
         if (name := self._made_by(_SHARDERS)) is not None:
             return name
         if any(map(is_managed, self.unique)) or _inside_fsdp2(self.unique):
             return "FSDP, of which this is a part"
+        return None
+
+    @property
+    def sharder(self) -> str | None:
+        """What shards Parameters of the model: FSDP1, FSDP2 or a parallel plan; else None."""
+        if self._fsdp is not None:
+            return self._fsdp
         for module in self.unique:
             if any(map(is_dtensor, module._parameters.values())):
                 return "a parallel plan (DTensors)"
@@ -161,14 +169,14 @@ class Tree:
         """The first of ``makers``, types by name, that a module of the model is an instance of."""
         for name, (home, kind) in makers.items():
             made = _loaded(home, kind)
-            if any(isinstance(module, made) for module in self.unique):
+            if made and any(isinstance(module, made) for module in self.unique):
                 return name
         return None
 
     def refuse_sharded(self) -> None:
         """Raise a `StateError` if the model is sharded: a write could go to a transient copy."""
-        if self.sharder is not None:
-            rule = f"the model is sharded by {self.sharder}, and its tensors may be parts or copies"
+        if (sharder := self.sharder) is not None:
+            rule = f"the model is sharded by {sharder}, and its tensors may be parts or copies"
             do = "do it before the model is sharded; or take the adapters out of a full state dict"
             do += (
                 " (torch.distributed.checkpoint.state_dict.get_model_state_dict): keys with miss_D"
@@ -180,8 +188,7 @@ class Tree:
 
         They keep a list of the Parameters, and would not see new ones.
         """
-        sharder = None if self.sharder and "DTensor" in self.sharder else self.sharder
-        wrapper = self._made_by(_REPLICAS) or sharder
+        wrapper = self._made_by(_REPLICAS) or self._fsdp
         if wrapper is not None:
             rule = f"the model is wrapped by {wrapper}, which knows the Parameters it was given"
             raise StateError(rule, do="inject, load or eject first, then wrap")

@@ -24,6 +24,9 @@ _CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer
 for _class in (MiSSeLinear, MiSSLinear):
     _CLASSES[nn.Linear, LinearHost, _class.miss_form] = _class
 
+# What an adapted layer must find free.
+_NAMES = {name for name in dir(AdaptedLayer) if name.startswith(("miss_", "_miss_"))}
+
 
 def register(
     layer_type: type[nn.Module], host: type[Host], example: tuple[nn.Module, Any] | None = None
@@ -98,9 +101,9 @@ def looks_linear(module: nn.Module) -> bool:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module cannot be adapted, and what to do; None if it can, or is adapted already."""
-    host, kind = host_of(module), path_of(type(module))
     if isinstance(module, AdaptedLayer):
         return None
+    host, kind = host_of(module), path_of(type(module))
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"is a {kind}, which has no shape yet: run the model once, then inject"
     if nn.utils.parametrize.is_parametrized(module):
@@ -119,14 +122,13 @@ def refusal(module: nn.Module) -> str | None:
         return f"has an instance-level forward, {why}: remove it, then inject"
     if any(is_dtensor(module._parameters[parameter]) for parameter in parameters):
         return "has a DTensor weight: inject first, then parallelize"
-    ours = {name for name in dir(AdaptedLayer) if name.startswith(("miss_", "_miss_"))}
-    for parameter in parameters:
-        ours |= {d_name(parameter), base_name(parameter)}
-    own = {*module.__dict__, *module._parameters, *module._buffers, *module._modules} & ours
+    ours = _NAMES.union(*((d_name(p), base_name(p)) for p in parameters))
+    own: set[str] = set()
+    for names in (module.__dict__, module._parameters, module._buffers, module._modules):
+        own |= ours.intersection(names)
     if own:
-        return (
-            f"has attributes of its own named {sorted(own)}, which the adapter needs: rename them"
-        )
+        why = "which the adapter needs: rename them"
+        return f"has attributes of its own named {sorted(own)}, {why}"
     return host.refusal(module)
 
 

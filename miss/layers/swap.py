@@ -47,7 +47,7 @@ def new_d(
     layer: nn.Module, parameter: str, config: LayerConfig, dtype: torch.dtype | None
 ) -> nn.Parameter:
     """A zero D on the Parameter's device, in ``dtype`` or, if that is None, in fp32 or wider."""
-    weight = layer.get_parameter(parameter)
+    weight: Any = layer._parameters[parameter]
     wide = weight.dtype if weight.dtype in (torch.float64, torch.float32) else torch.float32
     with torch.inference_mode(False):
         zeros = torch.zeros(config.d_shape, device=weight.device, dtype=dtype or wide)
