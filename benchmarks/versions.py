@@ -4,8 +4,8 @@ Each checkout's `miss` is imported by itself into this process. Layers of the tw
 of base and D, and are asserted to compute the same before they are timed. Ratios are this
 checkout's time over the other's: of a step (forward and backward, with the gradient of the input),
 of a forward without gradients, of `inject` on the 210 linear layers of SmolLM2-135M, and of
-`import miss`, from bytecode, in fresh processes that have imported torch and einops. Bytes are counted. Times of
-two threads need a machine that is otherwise idle.
+`import miss`, from bytecode, in fresh processes that have imported torch and einops. Bytes are
+counted. Times of two threads need a machine that is otherwise idle.
 """
 
 import argparse

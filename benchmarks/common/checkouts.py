@@ -64,7 +64,7 @@ def load(checkout: Path) -> Modules:
 
 
 def fresh_imports(checkouts: Sequence[Path]) -> list[Import]:
-    """One for each, in this order, each in a process of its own, from bytecode, as pip installs it."""
+    """One for each, in this order, in processes of their own; from bytecode, as pip installs."""
     result = []
     with tempfile.TemporaryDirectory() as folder:
         copies = {}
