@@ -17,7 +17,15 @@ from miss.layers.host import d_name
 from miss.layers.loading import KEY, about_of, check_form, metadata
 from miss.merging import places
 from miss.records import described, parse, record_of
-from miss.state import apply_, check_fit, check_keys, copy_, named_tensors, own_adapters, unmerged
+from miss.state import (
+    apply_,
+    check_fit,
+    check_keys,
+    copy_,
+    named_tensors,
+    own_adapters,
+    refuse_merged,
+)
 from miss.targets import Targets, modules_of
 from miss.tensors import ADAPTER_DTYPES
 from miss.tree import Tree, joined
@@ -92,7 +100,7 @@ def load_adapter_state_dict(
         tree = Tree(model)
         tree.refuse_sharded()
         adapted = own_adapters(tree)
-        unmerged(adapted)
+        refuse_merged(adapted)
         found = {record_of(place).key: place for place in places(adapted).values()}
         missing = [key for key in found if key not in state]
         unexpected = [key for key in state if key not in found]
@@ -139,7 +147,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
     with at("save"):
         tree = Tree(model)
         tree.refuse_sharded()
-        tree.adapters()
+        tree.require_adapted()
         adapted = own_adapters(tree)
         wanted = {id(module) for module in modules_of(tree, extra, "extra")}
     where = os.fspath(path)

@@ -5,7 +5,7 @@ like keep working.
 """
 
 __all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError"]
-__all__ += ["at", "is_merged", "named", "no_adapter"]
+__all__ += ["at", "merged_error", "named", "no_adapter_error"]
 
 
 class MissError(Exception):
@@ -77,11 +77,11 @@ def named(name: str) -> str:
     return name or "(model)"
 
 
-def is_merged(why: str) -> StateError:
-    """The error of a call that a merged layer must refuse."""
+def merged_error(why: str) -> StateError:
+    """The error of a call that a merged layer refuses; ``why`` says what would go wrong."""
     return StateError(f"is merged: {why}", do="miss.unmerge(model) first")
 
 
-def no_adapter() -> StateError:
+def no_adapter_error() -> StateError:
     """The error of a function that needs adapters, for a model without any."""
     return StateError("the model has no adapter", do="miss.inject(model, targets) first")

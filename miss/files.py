@@ -22,7 +22,6 @@ from miss.tensors import contiguous, is_data
 __all__ = ["FORMAT", "Content", "check_path", "check_tensors", "read", "read_tensors"]
 __all__ += ["safetensors", "safetensors_bytes", "write", "write_bytes"]
 
-
 FORMAT = 2  # of the description; a reader refuses a higher one
 KEY = "miss"  # of the description: in .safetensors metadata, or at the top level of a .pt file
 
@@ -140,10 +139,10 @@ def read(path: str) -> Content:
         raise CheckpointError(f"its metadata {KEY!r} has no format version")
     if about["format"] > FORMAT:
         writer = about.get("version", "unknown")
-        rule, expected = f"was written by a newer version of this package ({writer})", FORMAT
+        rule = f"was written by a newer version of this package ({writer})"
+        expected, actual = f"format {FORMAT} or lower", f"format {about['format']}"
         do = "install a newer version, or save again with this one"
-        actual = f"format {about['format']}"
-        raise CheckpointError(rule, expected=f"format {expected} or lower", actual=actual, do=do)
+        raise CheckpointError(rule, expected=expected, actual=actual, do=do)
     sha256 = about.pop("sha256", None)
     try:
         return Content(tensors, about, sha256 == _digest(tensors, about))
@@ -155,7 +154,7 @@ def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
     """The text under `KEY`, if any, and the tensors of a file, on the CPU; errors as in `read`."""
     reader = _read_safetensors if path.endswith(".safetensors") else _read_pt
     if reader is _read_safetensors:
-        safetensors()
+        safetensors()  # outside of `try`: that it is absent says nothing about the file
     try:
         return reader(path)
     except Exception as error:  # a damaged file raises errors of many kinds

@@ -21,7 +21,7 @@ from miss.errors import ShapeError
 from miss.tensors import ADAPTER_DTYPES
 
 __all__ = ["METHODS", "Form", "LayerConfig", "MiSS", "MiSSe", "MiSSeMini", "check_adapter_dtype"]
-__all__ += ["form_of", "is_real"]
+__all__ += ["is_real"]
 
 Axes: TypeAlias = tuple[int, int]  # where a Parameter has "out" and where it has "in"
 
@@ -159,7 +159,7 @@ class MiSSeMini(MiSSe):
 METHODS: dict[str, type[Form]] = {form.name: form for form in (MiSSe, MiSS)}
 
 
-def form_of(method: str, rows: int | None = None) -> type[Form]:
+def _form_of(method: str, rows: int | None = None) -> type[Form]:
     """The form of a file's or a user's ``method``; the mini form if D has ``rows`` of its own."""
     return MiSSeMini if method == MiSSe.name and rows is not None else METHODS[method]
 
@@ -242,7 +242,7 @@ class LayerConfig:
     def from_fields(cls, fields: Mapping[str, Any], axes: Axes) -> "LayerConfig":
         """The settings that a file describes; else a ShapeError, TypeError or KeyError."""
         rest = dict(fields)
-        shape, form = rest.pop("shape"), form_of(rest.pop("method"), rest.get("rows"))
+        shape, form = rest.pop("shape"), _form_of(rest.pop("method"), rest.get("rows"))
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
             raise TypeError("the shape must be a list of ints")
         if len(shape) <= max(axes):

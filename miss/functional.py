@@ -75,12 +75,10 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
     """
     blocks, tail = _split(x, rank)
     if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = torch.split(
-            rearrange(blocks, "... i -> (...) i"), max(1, _CHUNK // blocks.shape[-1])
-        )
-        mean = torch.cat([_reduce(chunk, rank, "mean") for chunk in rows]).reshape(
-            *x.shape[:-1], rank
-        )
+        rows = rearrange(blocks, "... i -> (...) i")
+        chunks = torch.split(rows, max(1, _CHUNK // blocks.shape[-1]))
+        means = torch.cat([_reduce(chunk, rank, "mean") for chunk in chunks])
+        mean = means.reshape(*x.shape[:-1], rank)
     else:
         mean = _reduce(blocks, rank, "mean")
     whole = blocks.shape[-1] // rank
@@ -168,9 +166,9 @@ def cycle_rows(d: Tensor, out_features: int) -> Tensor:
     tensor([1, 2, 1, 2])
     """
     rows = d.shape[0]
-    return (
-        d if rows == out_features else repeat(d, "m r -> (t m) r", m=rows, t=out_features // rows)
-    )
+    if rows == out_features:
+        return d
+    return repeat(d, "m r -> (t m) r", m=rows, t=out_features // rows)
 
 
 def add_misse(
@@ -221,12 +219,8 @@ def add_miss(
     """``y + scale * repeat(d x)``: MiSS without its dense delta (Eq. 3, repeated after ``d x``).
 
     Args:
-        x: the input, ``(..., i)``.
-        y: the base layer's output, ``(..., o)``; the result has its dtype, which is the compute
-            dtype.
+        x, y, scale, product: as in `add_misse`.
         d: ``(n, i)``, in any floating dtype.
-        scale: factor of the delta.
-        product: the base layer's own operation without a bias, with ``d`` for its weight.
         rank: ``n``, if it is not the length of the first axis of ``d``.
 
     Shape:

@@ -87,7 +87,7 @@ def _misse(
     x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     y = F.linear(_cast(x, weight.dtype), weight, bias)
-    s = _block_reduce(x, d.shape[1], y.dtype)
+    s = _fast_block_reduce(x, d.shape[1], y.dtype)
     factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype)
     if _few(x, d, y.dtype):
         y.add_(F.linear(times(s.to(d.dtype), factor), d))
@@ -96,7 +96,7 @@ def _misse(
     return y, s
 
 
-def _block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+def _fast_block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """As in `miss.functional`, without einops except in fp16.
 
     To parse its pattern, einops takes as long as a small layer takes in all.
@@ -112,11 +112,9 @@ def _block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
 
 def _miss(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
     y = F.linear(x, weight, bias)
-    few = _few(x, d, y.dtype)
-    return add_shards_(
-        y,
-        times(F.linear(x.to(d.dtype), d), scale) if few else F.linear(x, scaled(d, scale, y.dtype)),
-    )
+    if _few(x, d, y.dtype):
+        return add_shards_(y, times(F.linear(x.to(d.dtype), d), scale))
+    return add_shards_(y, F.linear(x, scaled(d, scale, y.dtype)))
 
 
 class _MiSSe(torch.autograd.Function):
@@ -151,9 +149,8 @@ class _MiSSe(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         x, _, d = ctx.saved_tensors
         y_t = _tangent(add_misse, ctx, *tangents)
-        return y_t, block_reduce(
-            torch.zeros_like(x) if tangents[0] is None else tangents[0], d.shape[1], y_t.dtype
-        )
+        x_t = torch.zeros_like(x) if tangents[0] is None else tangents[0]
+        return y_t, block_reduce(x_t, d.shape[1], y_t.dtype)
 
 
 class _MiSS(torch.autograd.Function):

@@ -61,11 +61,9 @@ def misse_input_grad(
         return _input_grad_by_tiles(dy, weight, d, rows)
     part = dy @ d if ds is None else dy @ d + times(ds, 1 / factor)
     dx = dy @ weight
-    return (
-        add_blocks_(dx, part)
-        if ds is None and _in_place()
-        else dx + expand_blocks(part, dx.shape[-1])
-    )
+    if ds is None and _in_place():
+        return add_blocks_(dx, part)
+    return dx + expand_blocks(part, dx.shape[-1])
 
 
 def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:

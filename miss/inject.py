@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from miss.errors import ShapeError, StateError, TargetError, at, named
+from miss.errors import ShapeError, StateError, TargetError, at, merged_error, named
 from miss.forms import METHODS, check_adapter_dtype
 from miss.layers import AdaptedLayer, class_of, host_of, looks_linear, path_of, refusal
 from miss.layers.host import d_name
@@ -192,9 +192,7 @@ def _check_unadapted(site: Site, method: str) -> None:
         rule, actual = "is adapted in another form; a layer has one", f"method={method!r}"
         raise StateError(rule, expected=f"method={layer.miss_form.name!r}", actual=actual)
     if layer.miss_merged:
-        raise StateError(
-            "is merged: another of its Parameters cannot be adapted", do="miss.unmerge(model) first"
-        )
+        raise merged_error("another of its Parameters cannot be adapted")
 
 
 def _class_for(module: nn.Module, method: str) -> type[AdaptedLayer]:
@@ -203,9 +201,8 @@ def _class_for(module: nn.Module, method: str) -> type[AdaptedLayer]:
         return type(module)
     host = host_of(module)
     if host is None:
-        raise TargetError(
-            f"no host adapts a {path_of(type(module))}", do="miss.register(type, host)"
-        )
+        rule = f"no host adapts a {path_of(type(module))}"
+        raise TargetError(rule, do="miss.register(type, host)")
     return class_of(type(module), host, METHODS[method])
 
 

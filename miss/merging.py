@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from miss.errors import StateError, at, is_merged, named
+from miss.errors import StateError, at, merged_error, named
 from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
 from miss.layers.host import base_name, d_name
@@ -87,7 +87,7 @@ def merge(model: nn.Module) -> dict[str, float]:
     with at("merge"):
         tree = Tree(model)
         tree.refuse_sharded()
-        found = places(tree.adapters())
+        found = places(tree.require_adapted())
         check_mergeable(tree, found)
         errors, done = {}, []
         try:
@@ -181,7 +181,7 @@ def refuse_loading(module: nn.Module, *args: Any) -> None:
     """
     if any(isinstance(inner, AdaptedLayer) and inner.miss_merged for inner in module.modules()):
         with at(type(module).__name__):
-            raise is_merged("a weight that is loaded now would be lost when it is unmerged")
+            raise merged_error("a weight that is loaded now would be lost when it is unmerged")
 
 
 def guard(tree: Tree) -> None:

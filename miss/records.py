@@ -50,16 +50,15 @@ def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
         raise CheckpointError("its metadata lists no extra tensors")
     records = {}
     for key, fields in adapters.items():
+        rule = f"metadata of {key!r}: not the settings of an adapter"
         try:
             record = _record(dict(fields))
+        except CheckpointError:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            text = error.actual if isinstance(error, MissError) else None
-            rule = f"metadata of {key!r}: not the settings of an adapter"
-            raise CheckpointError(rule, actual=text) from error
+            actual = error.actual if isinstance(error, MissError) else None
+            raise CheckpointError(rule, actual=actual) from error
         if record.key != key:
-            rule = f"metadata of {key!r}: not the settings of an adapter"
             raise CheckpointError(rule, expected=f"those of {record.key}")
         records[key] = record
     return records, set(extra)

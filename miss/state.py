@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from miss import files
-from miss.errors import CheckpointError, StateError, at, is_merged, named
+from miss.errors import CheckpointError, StateError, at, merged_error, named
 from miss.forms import METHODS
 from miss.inject import adopt_all_, candidates
 from miss.layers import AdaptedLayer, class_of, host_of, parameters_of, path_of
@@ -18,7 +18,7 @@ from miss.tensors import unwritable
 from miss.tree import Tree, joined
 
 __all__ = ["apply_", "check_fit", "check_keys", "copy_", "named_tensors", "own_adapters"]
-__all__ += ["unmerged"]
+__all__ += ["refuse_merged"]
 
 
 def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
@@ -34,7 +34,7 @@ def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tens
         StateError: the model is merged, or a tensor of it cannot be written.
     """
     adapted = own_adapters(tree)
-    unmerged(adapted)
+    refuse_merged(adapted)
     plan: list[Adapter] = []
     if adapted:
         _check_same(records, adapted)
@@ -70,12 +70,12 @@ def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
     return adapted
 
 
-def unmerged(adapted: Mapping[str, AdaptedLayer]) -> None:
+def refuse_merged(adapted: Mapping[str, AdaptedLayer]) -> None:
     """Raise a `StateError` if a layer is merged."""
     for name, layer in adapted.items():
         if layer.miss_merged:
             with at(named(name)):
-                raise is_merged("an adapter that is loaded now would have no effect")
+                raise merged_error("an adapter that is loaded now would have no effect")
 
 
 def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -142,20 +142,21 @@ def _plan(
         host = host_of(module)
         reason = reasons.get(id(module), kind)
         if host is None or reason is not None:
-            rule = f"module {name!r} of the model cannot be adapted: it {reason or kind}"
+            rule = f"module {named(name)!r} of the model cannot be adapted: it {reason or kind}"
             raise CheckpointError(rule)
         if path_of(host) != path:
-            rule = f"module {name!r} of the model is another kind of layer: it {kind}"
+            rule = f"module {named(name)!r} of the model is another kind of layer: it {kind}"
             raise CheckpointError(rule, expected=path, actual=path_of(host))
         if parameter not in parameters_of(module):
             actual = ", ".join(parameters_of(module))
-            raise CheckpointError(f"module {name!r} has no Parameter {parameter!r}", actual=actual)
+            rule = f"module {named(name)!r} has no Parameter {parameter!r}"
+            raise CheckpointError(rule, actual=actual)
         sizes = host.sizes(module, parameter)
         if sizes != config.shape:
-            rule = f"the {parameter} of module {name!r} has another shape"
+            rule = f"the {parameter} of module {named(name)!r} has another shape"
             raise CheckpointError(rule, expected=config.shape, actual=sizes)
         if (id(module), parameter) in plan:
-            rule = f"two adapters are for one module of the model; the second is {name!r}"
+            rule = f"two adapters are for one module of the model; the second is {named(name)!r}"
             raise CheckpointError(rule)
         cls = class_of(type(module), host, METHODS[config.form.name])
         d = new_d(module, parameter, config, tensors[key].dtype)

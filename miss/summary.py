@@ -65,14 +65,10 @@ class Summary:
         for row in rows:
             lines.append("  ".join(pad(c, width) for pad, c, width in zip(pads, row, widths)))
         part = f"{self.trainable:,} of {self.total:,} parameters ({self.percent:.3f} %)"
-        base = (
-            f"{100 * self.share:.1f} % of the base model's {self.total - self.adapter:,} parameters"
-        )
-        lines.append("")
-        lines.append(
-            f"trainable: {part}, {self.adapter:,} of them in {len(self.layers)} adapter(s)"
-        )
-        lines.append(f"adapted layers hold {base}")
+        inner = f"{self.adapter:,} of them in {len(self.layers)} adapter(s)"
+        base = f"the base model's {self.total - self.adapter:,} parameters"
+        lines += ["", f"trainable: {part}, {inner}"]
+        lines.append(f"adapted layers hold {100 * self.share:.1f} % of {base}")
         for name, number in self.other_trainable.items():
             lines.append(f"also trainable: {named(name)} ({number:,})")
         for name, reason in self.skipped.items():

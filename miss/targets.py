@@ -115,7 +115,7 @@ def modules_of(tree: Tree, targets: Targets, argument: str) -> list[nn.Module]:
         hits = _hits(tree, target, tree.head)
         if not hits.modules:
             with at(argument):
-                raise _nothing(target, names, f"{_shown(target)} ")
+                raise _unknown_name(target, names, f"{_shown(target)} ")
         tops += hits.modules.values()
     return list(tree.inside(tops).values())
 
@@ -131,7 +131,7 @@ def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, st
             with at("exclude"):
                 if hits.left:
                     raise _only_parameters(target, list(hits.left))
-                raise _nothing(target, names, f"{_shown(target)} ")
+                raise _unknown_name(target, names, f"{_shown(target)} ")
         tops += hits.modules.values()
         parameters |= set(hits.parameters)
     return set(tree.inside(tops)), parameters
@@ -251,7 +251,7 @@ def _no_match(
         kinds = ", ".join(sorted({type(module).__name__ for module in others}))
         actual = f"linear layers that cannot be adapted: {kinds}"
         return TargetError("matches nothing", actual=actual)
-    return _nothing(target, names)
+    return _unknown_name(target, names)
 
 
 def _weights(module: nn.Module) -> list[str]:
@@ -267,7 +267,7 @@ def _only_parameters(target: Target, left: list[str]) -> TargetError:
     return TargetError(rule, actual=", ".join(left[:5]), do=do)
 
 
-def _nothing(target: Target, names: list[str], shown: str = "") -> TargetError:
+def _unknown_name(target: Target, names: list[str], shown: str = "") -> TargetError:
     """The error of a target that no name fits; ``shown`` is the target if the place lacks it."""
     expected = _nearest(target, names) or "a model with a torch.nn.Linear or a registered type"
     if isinstance(target, str) and set(target) & set("(|\\$"):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from miss.errors import StateError, TargetError, at, no_adapter
+from miss.errors import StateError, TargetError, at, no_adapter_error
 from miss.layers import AdaptedLayer
 from miss.tensors import is_dtensor, is_managed
 
@@ -108,15 +108,15 @@ class Tree:
         """The adapted layers as they are now, by first name."""
         return self.of_type(AdaptedLayer)
 
-    def adapters(self) -> dict[str, AdaptedLayer]:
+    def require_adapted(self) -> dict[str, AdaptedLayer]:
         """`adapted`; a `StateError` if the model has none."""
         found = self.adapted
         if not found:
-            raise no_adapter()
+            raise no_adapter_error()
         return found
 
     @cached_property
-    def places(self) -> Counter[int]:
+    def times_held(self) -> Counter[int]:
         """By id, in how many places the modules of the model hold each module."""
         held = (child for module in self.unique for child in module._modules.values())
         return Counter(id(child) for child in held)
@@ -177,10 +177,9 @@ class Tree:
         """Raise a `StateError` if the model is sharded: a write could go to a transient copy."""
         if (sharder := self.sharder) is not None:
             rule = f"the model is sharded by {sharder}, and its tensors may be parts or copies"
+            full = "torch.distributed.checkpoint.state_dict.get_model_state_dict"
             do = "do it before the model is sharded; or take the adapters out of a full state dict"
-            do += (
-                " (torch.distributed.checkpoint.state_dict.get_model_state_dict): keys with miss_D"
-            )
+            do += f" ({full}): keys with miss_D"
             raise StateError(rule, do=do)
 
     def refuse_wrapped(self) -> None:

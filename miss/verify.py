@@ -38,7 +38,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def _verify(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    adapted, model = tree.adapters(), tree.model
+    adapted, model = tree.require_adapted(), tree.model
     called: set[str] = set()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())

@@ -115,7 +115,7 @@ def test_inside_and_holding():
     assert tree.holding([]) == set()
     assert tree.first[id(model.alias)] == "layers.1.mlp.2"
     assert tree.modules["alias"] is model.alias
-    assert tree.places[id(model.alias)] == 2
+    assert tree.times_held[id(model.alias)] == 2
     assert tree.head == {id(model.lm_head)}
 
 

@@ -17,7 +17,7 @@ from miss.layers import path_of
 from miss.layers.linear import LinearHost
 from miss.merging import places
 from miss.records import Record
-from miss.state import apply_, check_keys, own_adapters, unmerged
+from miss.state import apply_, check_keys, own_adapters, refuse_merged
 from miss.tensors import ADAPTER_DTYPES
 from miss.tree import Tree
 
@@ -107,10 +107,10 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
         tree.refuse_wrapped()
     folder = os.fspath(directory)
     with at(folder):
-        config, tensors = peft_files.read(folder)
-        settings = peft_config.parse(config)
+        about, tensors = peft_files.read(folder)
+        settings = peft_config.parse(about)
         suffix = settings.suffix
-        unmerged(own_adapters(tree))
+        refuse_merged(own_adapters(tree))
         blocks, others = {}, {}
         for key, tensor in tensors.items():
             if key.endswith(suffix):
@@ -119,9 +119,9 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
                 others[key] = tensor
         if not blocks:
             raise CheckpointError(f"holds no adapter: no key ends in {suffix}")
-        targets = peft_config.targets(tree, config)
+        targets = peft_config.targets(tree, about)
         expected = [f"{name}{suffix}" for name in targets if name not in blocks]
-        expected += peft_config.saved_keys(tree, config)
+        expected += peft_config.saved_keys(tree, about)
         check_keys([key for key in expected if key not in tensors], [])
         if (name := peft_files.aliased(tree, blocks)) is not None:
             rule = f"{name}{suffix}: the model holds this layer under two names; PEFT adapts one"
@@ -129,8 +129,8 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
         records: dict[str, Record] = {}
         state = peft_config.others(tree, others)
         for name, block in blocks.items():
-            layer = _layer(tree, f"{name}{suffix}", name, block, settings)
-            record = Record(name, "weight", path_of(LinearHost), layer)
+            config = _config(tree, f"{name}{suffix}", name, block, settings)
+            record = Record(name, "weight", path_of(LinearHost), config)
             if record.key in state:
                 raise CheckpointError(f"the key {record.key} is unexpected")
             records[record.key] = record
@@ -139,24 +139,21 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     return model
 
 
-def _layer(
+def _config(
     tree: Tree, key: str, name: str, block: Tensor, settings: peft_config.Settings
 ) -> LayerConfig:
     """The settings of one layer, after a check of its block against them and the model."""
     module = tree.modules.get(name)
     _, rank, rows, dropout = settings
+    if module is None:
+        raise CheckpointError(f"{key}: the model has no such module")
     if not isinstance(module, nn.Linear):
-        none = module is None
-        kind = (
-            "the model has no such module" if none else f"the module is a {type(module).__name__}"
-        )
-        raise CheckpointError(f"{key}: {kind}")
-    shape = out_features, in_features = module.out_features, module.in_features
+        raise CheckpointError(f"{key}: the module is a {type(module).__name__}")
+    out_features, in_features = shape = module.out_features, module.in_features
     expected = (rank, rows or out_features)
     if tuple(block.shape) != expected or rank > in_features or out_features % expected[1]:
-        rule = (
-            f"{key} does not fit r, mini_r and the module, a Linear({in_features}, {out_features})"
-        )
+        kind = f"a Linear({in_features}, {out_features})"
+        rule = f"{key} does not fit r, mini_r and the module, {kind}"
         raise CheckpointError(rule, expected=expected, actual=tuple(block.shape))
     if block.dtype not in ADAPTER_DTYPES:
         raise CheckpointError(f"{key} has a dtype that no adapter has", actual=block.dtype)

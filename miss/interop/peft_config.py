@@ -32,9 +32,8 @@ def parse(config: dict[str, Any]) -> Settings:
         raise CheckpointError("unknown peft_type", expected="MISS or BONE", actual=repr(kind))
     form = config.get("init_weights", True)
     if form == "bat":
-        rule = (
-            "init_weights is 'bat', whose delta depends on the base weight and is not linear in D"
-        )
+        why = "whose delta depends on the base weight and is not linear in D"
+        rule = f"init_weights is 'bat', {why}"
         raise CheckpointError(rule, do="merge it with PEFT, then adapt the merged model")
     if not isinstance(form, bool) and form != MiSSeMini.peft:
         rule, expected = "init_weights names a form that is not read here", 'true, false or "mini"'

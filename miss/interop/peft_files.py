@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def adapted(tree: Tree) -> dict[str, AdaptedLayer]:
     """The adapted layers; a `StateError` if there is none, or if PEFT has no key for one."""
     tree.refuse_sharded()
-    tree.adapters()
+    tree.require_adapted()
     layers = own_adapters(tree)
     if "" in layers:
         rule = "a lone layer has no module path, and PEFT needs one"
@@ -47,7 +47,7 @@ def adapted(tree: Tree) -> dict[str, AdaptedLayer]:
 
 def aliased(tree: Tree, names: Iterable[str]) -> str | None:
     """The first of the layers ``names`` that the model holds in more than one place; else None."""
-    return next((name for name in names if tree.places[id(tree.modules.get(name))] > 1), None)
+    return next((name for name in names if tree.times_held[id(tree.modules.get(name))] > 1), None)
 
 
 def base_config(tree: Tree, names: Iterable[str]) -> dict[str, Any]:

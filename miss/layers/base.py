@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miss.errors import ShapeError, StateError, TargetError, at, is_merged
+from miss.errors import ShapeError, StateError, TargetError, at, merged_error
 from miss.forms import Form, LayerConfig
 from miss.layers import loading
 from miss.layers.host import Depth, Host, base_name, d_name
@@ -50,6 +50,8 @@ class AdaptedLayer(_Mixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         types = [base for base in cls.__mro__ if issubclass(base, nn.Module)]
+        # Once, where the layer's own type joins the mixin, so that a subclass may override it; and
+        # only if that type has the method, because the mixin adds no name of the layer's kind.
         mixed_in = types[:1] == [cls] and not issubclass(types[1], AdaptedLayer)
         if mixed_in and hasattr(cls, "reset_parameters"):
             cls.reset_parameters = _reset_parameters
@@ -209,9 +211,9 @@ class AdaptedLayer(_Mixin):
         """As in `nn.Module`, after a check of what the state means; see `miss.layers.loading`."""
         for parameter, config in self._miss_configs.items():
             own = self._parameters.get(parameter), self._parameters.get(d_name(parameter))
-            keys = prefix + parameter, prefix + d_name(parameter)
+            new = state.get(prefix + parameter), state.get(prefix + d_name(parameter))
             with at(prefix[:-1] or type(self).__name__):
-                loading.check(config, own, [state.get(key) for key in keys], about.get("miss", {}))
+                loading.check(config, own, new, about.get(loading.KEY, {}))
         super()._load_from_state_dict(state, prefix, about, *args)
         for parameter in self._miss_configs:
             weight, d = getattr(self, parameter), getattr(self, d_name(parameter))
@@ -227,12 +229,12 @@ class AdaptedLayer(_Mixin):
                 destination.pop(prefix + d_name(parameter), None)
         if hasattr(destination, "_metadata"):
             about = loading.metadata(self.miss_form, self.miss_merged)
-            destination._metadata.setdefault(prefix[:-1], {})["miss"] = about
+            destination._metadata.setdefault(prefix[:-1], {})[loading.KEY] = about
 
     def _miss_zero(self) -> None:
         if self.miss_merged:
             with at(type(self).__name__):
-                raise is_merged("a reset would leave the delta in the weight")
+                raise merged_error("a reset would leave the delta in the weight")
         with torch.no_grad():
             for parameter in self._miss_configs:
                 getattr(self, d_name(parameter)).zero_()
@@ -253,7 +255,7 @@ class AdaptedLayer(_Mixin):
     def _miss_merged_forward(self, args: Any, kwargs: Any) -> Any:
         if self.training and torch.is_grad_enabled():
             with at(type(self).__name__):
-                raise is_merged("a training forward would give miss_D no gradient")
+                raise merged_error("a training forward would give miss_D no gradient")
         if self._miss_depth.count:
             bases = {p: self.get_buffer(base_name(p)) for p in self._miss_configs}
             return self.miss_host.with_weights(self, bases, args, kwargs)

@@ -11,7 +11,7 @@ from miss.errors import StateError
 from miss.forms import Form, LayerConfig
 from miss.tensors import is_data, positions, same
 
-__all__ = ["KEY", "about_of", "check", "check_form", "merged_at", "metadata"]
+__all__ = ["KEY", "about_of", "check", "check_form", "metadata"]
 
 KEY = "miss"  # of a module's entry in `_metadata`
 
@@ -69,14 +69,14 @@ def check(
         return
     if weight.shape != config.shape or not in_effect.any():
         return
-    if merged_at(config, weight, in_effect, new):
+    if _looks_merged(config, weight, in_effect, new):
         raise _merged()
     if new_d is None and not same(new.to(weight.device, weight.dtype), weight):
         text = "another base weight is loaded under a D that was trained on the present one"
         warnings.warn(f"{text}; load adapters with miss.load", UserWarning, stacklevel=4)
 
 
-def merged_at(config: LayerConfig, weight: Tensor, d: Tensor, new: Tensor) -> bool:
+def _looks_merged(config: LayerConfig, weight: Tensor, d: Tensor, new: Tensor) -> bool:
     """Whether at 64 positions ``new`` is ``weight`` plus the delta of ``d``, and not ``weight``."""
     with torch.no_grad():
         places = positions(weight.numel()).to(weight.device)

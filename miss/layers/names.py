@@ -1,6 +1,6 @@
 """Short names on the package's own classes: ``rank`` for ``miss_rank`` and the like."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -112,5 +112,4 @@ class TorchLayer(AdaptedLayer):
                     adapter_dtype=adapter_dtype,
                 )
                 swap_(adapter)
-        assert isinstance(layer, cls)  # tells the type checker
-        return layer
+        return cast("Self", layer)
