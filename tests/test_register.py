@@ -1,6 +1,10 @@
-"""`register`: what it takes, and what it refuses at once."""
+"""`register`: what it takes, what it refuses at once, and what a `Host` may say besides."""
 
+import copy
+import math
+import pathlib
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,8 +20,13 @@ from miss import (
     StateError,
     TargetError,
     adapted_modules,
+    disabled,
     inject,
+    load,
+    merge,
     register,
+    save,
+    summary,
 )
 from miss.layers import class_of, host_of
 from tests.hosts import FakeQuantHost, FakeQuantLinear
@@ -264,3 +273,95 @@ def test_the_seam_can_be_replaced_on_an_object_and_in_a_subclass():
     layer.miss_delta = lambda x, y: (seen.append(x), y + 1)[1]
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias) + 1)
     assert seen[0] is x
+
+
+class Packed(nn.Module):
+    """Keeps a matrix as one flat Parameter."""
+
+    def __init__(self, shape: tuple[int, int] = (4, 6), odd: bool = False):
+        super().__init__()
+        self.shape, self.odd = shape, odd
+        self.weight = nn.Parameter(torch.randn(math.prod(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.view(self.shape))
+
+
+class PackedHost(Forgetful):
+    @staticmethod
+    def sizes(layer: Packed, parameter: str) -> tuple[int, ...]:
+        return layer.shape
+
+    @staticmethod
+    def refusal(layer: Packed) -> str | None:
+        return "is odd" if layer.odd else None
+
+
+def test_a_host_gives_the_shape_of_a_packed_weight(tmp_path: pathlib.Path):
+    if host_of(Packed()) is None:
+        register(Packed, PackedHost)
+    torch.manual_seed(0)
+    base, x = nn.Sequential(Packed()), torch.randn(3, 6)
+    model = inject(copy.deepcopy(base), "0", rank=2)
+    nn.init.normal_(model[0].miss_D)
+    assert model[0].miss_configs["weight"].shape == (4, 6)
+    dense = base[0].weight.view(4, 6) + model[0].miss_delta_weight()
+    torch.testing.assert_close(model(x), F.linear(x, dense))
+    save(model, tmp_path / "a.pt")
+    assert torch.equal(load(copy.deepcopy(base), tmp_path / "a.pt")(x), model(x))
+    before = snapshot(model)
+    with pytest.raises(StateError, match=r"0: cannot be merged: its weight has the shape \(24,\)"):
+        merge(model)
+    assert snapshot(model) == before
+
+
+def test_a_host_refuses_some_layers_of_its_type():
+    if host_of(Packed()) is None:
+        register(Packed, PackedHost)
+    with pytest.raises(TargetError, match="1: is odd"):
+        inject(nn.Sequential(Packed(), Packed(odd=True)), "1", rank=2)
+    model = inject(nn.Sequential(Packed(), Packed(odd=True)), Packed, rank=2)
+    assert list(adapted_modules(model)) == ["0"]
+    assert summary(model).skipped == {"1": "is odd"}
+
+
+class Quick(nn.Linear):
+    pass
+
+
+class QuickHost(Forgetful):
+    """Notes which of its functions are called."""
+
+    calls: ClassVar[list[str]] = []
+
+    @staticmethod
+    def fast(layer: nn.Module, x: Tensor) -> Tensor | None:
+        if x.dim() != 2:
+            return None
+        QuickHost.calls.append("fast")
+        return F.linear(x, layer.weight + layer.miss_delta_weight(), layer.bias)
+
+    @staticmethod
+    def with_weights(layer: nn.Module, weights, args, kwargs) -> Tensor:
+        QuickHost.calls.append("with_weights")
+        return F.linear(*args, weights["weight"], layer.bias)
+
+
+def test_a_hosts_own_ways_are_taken_where_they_apply():
+    register(Quick, QuickHost)
+    torch.manual_seed(0)
+    layer, x = Quick(6, 4).eval(), torch.randn(3, 6)
+    base = layer(x)
+    inject(layer, Quick, rank=2)
+    nn.init.normal_(layer.miss_D)
+    want = F.linear(x, layer.weight + layer.miss_delta_weight(), layer.bias)
+    assert torch.equal(layer(x), want)
+    assert QuickHost.calls == ["fast"]
+    torch.testing.assert_close(layer(x[None]), want[None])
+    with disabled(layer):
+        assert torch.equal(layer(x), base)
+    assert QuickHost.calls == ["fast"]
+    merge(layer)
+    with disabled(layer):
+        assert torch.equal(layer(x), base)
+    assert QuickHost.calls == ["fast", "with_weights"]
