@@ -15,6 +15,7 @@ from miss import (
     adapted_modules,
     adapter_parameters,
     adapter_state_dict,
+    files,
     inject,
     interop,
     load,
@@ -178,6 +179,24 @@ def test_a_later_call_adds_a_second_parameter_in_the_same_form():
     assert len(adapter_parameters(model)) == 3
 
 
+def test_a_merged_layer_takes_no_second_parameter():
+    model = inject(Model(), "mixer.now", rank=2)
+    merge(model)
+    before = snapshot(model)
+    with pytest.raises(StateError, match=r"mixer: is merged: another of its.*\n.*unmerge"):
+        inject(model, "mixer.past_weight", rank=2)
+    assert snapshot(model) == before
+
+
+def test_a_parameter_under_two_names_of_a_host_has_one_d():
+    model = nn.Sequential(Mixer(8, 8))
+    model[0].past_weight = model[0].now
+    inject(model, "0", rank=2)
+    assert list(model[0].miss_configs) == ["now"]
+    with pytest.raises(StateError, match=r"its now is tied to 0\.past_weight"):
+        merge(model)
+
+
 def filled() -> Model:
     model = inject(Model(), ["mixer", "mlp.up_proj", "1.alias"], rank=2)
     for d in adapter_parameters(model):
@@ -198,6 +217,20 @@ def test_each_d_has_its_row_its_key_and_its_place_in_a_file(tmp_path):
     one = inject(Model(), ["mixer.now", "mlp.up_proj", "1.alias"], rank=2)
     with pytest.raises(CheckpointError, match=r"2 unexpected: blocks\.0\.mixer\.miss_D_past"):
         load(one, tmp_path / "a.pt")
+
+
+def test_a_file_of_two_forms_for_one_module_is_refused(tmp_path):
+    path, key = str(tmp_path / "a.pt"), "blocks.0.mixer.miss_D_now"
+    save(inject(Model(), "0.mixer", rank=2), path)
+    tensors, about, _ = files.read(path)
+    about["adapters"][key]["method"] = "miss"
+    tensors[key] = torch.zeros(2, 8)
+    files.write(path, tensors, about)
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match="one module are adapted in two forms"):
+        load(model, path)
+    assert snapshot(model) == before
 
 
 def test_what_a_directory_of_peft_cannot_hold_is_refused(tmp_path):
