@@ -5,13 +5,13 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
 from miss.errors import TargetError, at, named
 from miss.layers import looks_linear, parameters_of, path_of
-from miss.tensors import is_lazy
+from miss.tensors import has_two_axes
 from miss.tree import Tree, joined
 
 __all__ = ["Selection", "Site", "Target", "Targets", "modules_of", "select"]
@@ -70,6 +70,10 @@ def select(
     """
     trained = modules_of(tree, trainable, "trainable")
     excluded, excluded_parameters = _excluded(tree, exclude)
+
+    def left_out(key: int, parameter: str) -> bool:
+        return key in excluded or (key, parameter) in excluded_parameters
+
     adapt: dict[tuple[int, str], Site] = {}
     skipped: dict[int, tuple[nn.Module, str]] = {}
     wanted = _listed(targets, "targets")
@@ -83,13 +87,13 @@ def select(
         if meant and _is_plain(target):
             with at(named(tree.first[meant[0]])):
                 raise TargetError(f"{refused[meant[0]]} (target {target!r})")
-        sites = _sites(tree, target, hits, candidates)
+        sites = _sites(tree, target, hits, candidates, left_out)
         if not sites:
             with at(f"target {_shown(target)}"):
                 raise _no_match(target, tree, candidates, hits, refused)
         for site in sites:
             key = id(site.module), site.parameter
-            if key[0] not in excluded and key not in excluded_parameters:
+            if not left_out(*key):
                 adapt[key] = site
         skipped.update((key, (hits.modules[key], refused[key])) for key in meant)
         left = [full for full, key in hits.left.items() if key not in excluded]
@@ -144,31 +148,33 @@ def _hits(tree: Tree, target: Target, not_linear: set[int]) -> Hits:
     parameters: dict[tuple[int, str], str] = {}
     left: dict[str, int] = {}
     if isinstance(target, str) and _is_plain(target):
-        for name, module, _ in tree.entries:
-            for key, parameter in module._parameters.items():
-                if not _has_two_axes(parameter):
-                    continue
-                full = joined(name, key)
-                if full == target or ("." in target and full.endswith(f".{target}")):
-                    parameters.setdefault((id(module), _first_key(module, parameter)), full)
-                elif key == target and id(module) not in modules:
-                    left[full] = id(module)
+        for full, module, parameter in tree.weights.get(target.rpartition(".")[2], ()):
+            if full == target or ("." in target and full.endswith(f".{target}")):
+                parameters.setdefault((id(module), _first_key(module, parameter)), full)
+            elif "." not in target and id(module) not in modules:
+                left[full] = id(module)
     return Hits(modules, parameters, left)
 
 
 def _sites(
-    tree: Tree, target: Target, hits: Hits, candidates: Mapping[int, str | None]
+    tree: Tree,
+    target: Target,
+    hits: Hits,
+    candidates: Mapping[int, str | None],
+    left_out: Callable[[int, str], bool],
 ) -> list[Site]:
-    """The Parameters to adapt among what a target matches."""
+    """The Parameters to adapt among what a target matches; those left out may be among them."""
     sites = []
     for key, module in hits.modules.items():
         if candidates.get(key, "") is None:
             sites += [Site(tree.first[key], module, p) for p in parameters_of(module)]
-    by_id = {id(module): module for module in tree.unique}
+    by_id = {id(module): module for module in tree.unique} if hits.parameters else {}
     for (key, parameter), full in hits.parameters.items():
         module, why = by_id[key], candidates.get(key, "")
         if why is None and parameter in parameters_of(module):
             sites.append(Site(tree.first[key], module, parameter))
+            continue
+        if left_out(key, parameter):
             continue
         with at(full):
             why = why or f"no host of a {path_of(type(module))} adapts it: see miss.register"
@@ -179,10 +185,6 @@ def _sites(
 def _first_key(module: nn.Module, parameter: Tensor) -> str:
     """The first name of a Parameter in its module."""
     return next(key for key, p in module._parameters.items() if p is parameter)
-
-
-def _has_two_axes(parameter: Tensor | None) -> TypeGuard[Tensor]:
-    return parameter is not None and not is_lazy(parameter) and parameter.dim() >= 2
 
 
 def _listed(targets: Targets, argument: str) -> list[Target]:
@@ -256,7 +258,7 @@ def _no_match(
 
 def _weights(module: nn.Module) -> list[str]:
     """The module's own Parameters of two or more axes, by name."""
-    return [key for key, parameter in module._parameters.items() if _has_two_axes(parameter)]
+    return [key for key, parameter in module._parameters.items() if has_two_axes(parameter)]
 
 
 def _only_parameters(target: Target, left: list[str]) -> TargetError:

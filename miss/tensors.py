@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ADAPTER_DTYPES", "Owners", "contiguous", "is_data", "is_dtensor", "is_lazy"]
-__all__ += ["is_managed", "is_ordinary", "largest", "numel", "owners", "positions", "same"]
-__all__ += ["tied_to", "unwritable"]
+__all__ = ["ADAPTER_DTYPES", "Owners", "contiguous", "has_two_axes", "is_data", "is_dtensor"]
+__all__ += ["is_lazy", "is_managed", "is_ordinary", "largest", "numel", "owners", "positions"]
+__all__ += ["same", "tied_to", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLES = 64  # how many values of a tensor `positions` names
@@ -65,6 +65,11 @@ def unwritable(tensor: Tensor) -> str | None:
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         return "has elements that share memory (expand?)"
     return None
+
+
+def has_two_axes(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether ``tensor`` has a shape, of two or more axes."""
+    return tensor is not None and not is_lazy(tensor) and tensor.dim() >= 2
 
 
 def numel(tensor: Tensor) -> int:

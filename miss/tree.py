@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from miss.errors import StateError, TargetError, at, no_adapter_error
 from miss.layers import AdaptedLayer
-from miss.tensors import is_dtensor, is_managed
+from miss.tensors import has_two_axes, is_dtensor, is_managed
 
 __all__ = ["Entry", "Tree", "joined"]
 
@@ -98,6 +98,17 @@ class Tree:
     def modules(self) -> dict[str, nn.Module]:
         """The module of each name; a wrapper's name stands for the module that it wraps."""
         return {entry.name: entry.module for entry in self.entries}
+
+    @cached_property
+    def weights(self) -> dict[str, list[tuple[str, nn.Module, Tensor]]]:
+        """By own name, the Parameters of two or more axes: full name, module and Parameter."""
+        found: dict[str, list[tuple[str, nn.Module, Tensor]]] = {}
+        for name, module, _ in self.entries:
+            for key, parameter in module._parameters.items():
+                if has_two_axes(parameter):
+                    full = joined(name, key)
+                    found.setdefault(key, []).append((full, module, parameter))
+        return found
 
     def of_type(self, kind: type[M]) -> dict[str, M]:
         """The modules of a type, each once, by first name; in place of a wrapper its module."""

@@ -22,6 +22,7 @@ from miss import (
     merge,
     save,
     summary,
+    tree,
 )
 from tests.hosts import Mixer
 from tests.models import snapshot
@@ -254,3 +255,20 @@ def test_a_tensor_that_is_no_parameter_is_no_target():
         inject(model, "0.table", rank=2)
     assert model.blocks[0].table is table
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("exclude", ["two", "two.q", "two.q.weight", nn.Conv1d])
+def test_what_is_excluded_need_not_be_adaptable(exclude):
+    one, two = nn.ModuleDict({"q": nn.Linear(8, 8)}), nn.ModuleDict({"q": nn.Conv1d(8, 8, 1)})
+    model = nn.ModuleDict({"one": one, "two": two})
+    with pytest.raises(TargetError, match=r"two\.q\.weight: is a Parameter that cannot be adapted"):
+        inject(model, "q.weight", rank=2)
+    assert list(adapted_modules(inject(model, "q.weight", rank=2, exclude=exclude))) == ["one.q"]
+
+
+def test_however_many_targets_each_parameter_is_looked_at_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tree, "has_two_axes", lambda parameter: seen.append(parameter) or True)
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(50))
+    inject(model, [str(place) for place in range(50)], rank=1)
+    assert len(seen) == 100
