@@ -168,7 +168,8 @@ def injections(versions: Mapping[str, Modules], settings: Settings) -> Iterator[
     gc.collect()
     gc.freeze()  # the collections before each call are to take no time
     for method in METHODS:
-        found = in_turn(functools.partial(once, method=method), settings.injections)
+        inject = functools.partial(once, method=method)
+        found = in_turn(inject, settings.injections, 8 * settings.seconds)
         yield {"of": "inject", "method": method} | found
     gc.unfreeze()
 
