@@ -33,7 +33,7 @@ def test_every_file_of_the_package_is_in_the_wheel(tmp_path: pathlib.Path):
 def test_the_package_under_test_is_the_installed_one():
     about = importlib.metadata.distribution("miss-torch").read_text("direct_url.json") or "{}"
     editable = json.loads(about).get("dir_info", {}).get("editable", False)
-    assert (ROOT in pathlib.Path(miss.__file__).parents) == editable
+    assert (pathlib.Path(miss.__file__).parent == ROOT / "miss") == editable
     code = "import miss; print(miss.__file__)"
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
