@@ -233,6 +233,17 @@ def test_another_base_under_a_trained_adapter_is_a_warning():
     assert same_values(eject(model), other)
 
 
+def test_a_base_that_is_assigned_to_a_meta_model_brings_a_zero_d():
+    base = nn.Sequential(nn.Linear(6, 4))
+    with torch.device("meta"):
+        model = inject(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
+    model.load_state_dict(base.state_dict(), strict=False, assign=True)
+    assert model[0].miss_D.requires_grad
+    assert not model[0].miss_D.any()
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), base(x))
+
+
 def test_a_moving_average_is_an_average_of_base_and_adapter():
     torch.manual_seed(0)
     model = inject(Decoder(), "all-linear", rank=2)
