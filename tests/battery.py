@@ -81,9 +81,8 @@ class Battery:
     def adapted(self, method: str, rank: int | str, dtype: torch.dtype = torch.float64, **options):
         """An adapted model, its layer, and a random D, of whole steps where the layer rounds."""
         model = self.base(dtype)
-        full = self.SIZES[0 if method == "miss" else 1]
-        options = {"scale": -0.5} | options
-        inject(model, "0", rank=full if rank == "full" else rank, method=method, **options)
+        rank = self.SIZES[method != "miss"] if rank == "full" else rank
+        inject(model, "0", rank=rank, method=method, **{"scale": -0.5} | options)
         torch.manual_seed(1)
         with torch.no_grad():
             for d in adapter_parameters(model):
@@ -101,9 +100,8 @@ class Battery:
         found = {}
         for parameter, config in layer.miss_configs.items():
             d = getattr(layer, d_name(parameter)).detach().double()
-            found[parameter] = config.scale * reference.delta_of(
-                layer.miss_form.name, d, config.shape, config.axes
-            )
+            delta = reference.delta_of(layer.miss_form.name, d, config.shape, config.axes)
+            found[parameter] = config.scale * delta
         return found
 
     def exact(self, layer: AdaptedLayer, x: Tensor, size: bool = False) -> Tensor:
@@ -203,9 +201,8 @@ class Battery:
         kept = {p: layer._parameters[p].detach().clone() for p in layer.miss_configs}
         deltas = self.deltas(layer)
         plain = eject(copy.deepcopy(model))
-        names = set(merge(model))
-        assert names == ({"0"} if len(kept) == 1 else {f"0.{p}" for p in kept})
-        assert layer.miss_merged
+        names = {"0"} if len(kept) == 1 else {f"0.{p}" for p in kept}
+        assert (set(merge(model)), layer.miss_merged) == (names, True)
         for parameter, base in kept.items():
             weight, exact = layer._parameters[parameter], base.double() + deltas[parameter]
             size = base.double().abs() + deltas[parameter].abs()
