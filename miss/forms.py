@@ -247,7 +247,8 @@ class LayerConfig:
             raise TypeError("the shape must be a list of ints")
         if len(shape) <= max(axes):
             raise TypeError("the shape has too few axes")
-        return cls(form, rest.pop("rank"), tuple(shape), axes, **rest)
+        rank, scale, dropout = (rest.pop(key) for key in ("rank", "scale", "dropout"))
+        return cls(form, rank, tuple(shape), axes, scale, dropout, **rest)
 
 
 def check_adapter_dtype(dtype: torch.dtype | None) -> None:

@@ -58,7 +58,7 @@ def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             actual = error.actual if isinstance(error, MissError) else None
             raise CheckpointError(rule, actual=actual) from error
-        if record.key != key:
+        if record.key != key or not isinstance(record.module, str):
             raise CheckpointError(rule, expected=f"those of {record.key}")
         records[key] = record
     return records, set(extra)

@@ -155,6 +155,11 @@ WRONG = "metadata of '0.miss_D': not the settings of an adapter"
         (lambda t, a: a["adapters"].update({"0.miss_D": 3}), WRONG),
         (lambda t, a: a["adapters"]["0.miss_D"].pop("rank") and None, WRONG),
         (lambda t, a: a["adapters"]["0.miss_D"].pop("module") and None, WRONG),
+        (lambda t, a: a["adapters"]["0.miss_D"].pop("scale") and None, WRONG),
+        (
+            lambda t, a: a.update(adapters={"miss_D": a["adapters"]["0.miss_D"] | {"module": []}}),
+            "metadata of 'miss_D': not the settings of an adapter",
+        ),
         (put_field("other", 1), WRONG),
         (put_field("axes", [0, 1]), WRONG),
         (put_field("module", "1"), f"{WRONG}\n  expected: those of 1.miss_D"),
