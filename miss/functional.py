@@ -228,6 +228,7 @@ def add_miss(
         every row of shard ``k``.
     """
     rank = d.shape[0] if rank is None else rank
+    x = x.to(y.dtype) if x.is_floating_point() else x  # a layer may cast its input or output
     z = product(x, scaled(d, scale, y.dtype))
     if is_dtensor(y):
         return y + F.linear(z, _zero_one(expand_shards, rank, y))

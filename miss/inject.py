@@ -149,8 +149,8 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         ``model`` itself.
 
     Raises:
-        StateError: the class of an adapted layer was replaced after injection; the model is
-            sharded, or wrapped by DistributedDataParallel; a layer cannot be merged (with
+        StateError: the class or the D of an adapted layer was replaced after injection; the model
+            is sharded, or wrapped by DistributedDataParallel; a layer cannot be merged (with
             ``merge``) or unmerged (without it). Nothing is ejected then.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))
@@ -207,10 +207,14 @@ def _class_for(module: nn.Module, method: str) -> type[AdaptedLayer]:
 
 
 def _check_class(layer: AdaptedLayer) -> None:
-    """Raise a `StateError` unless `swap_back_` can restore the layer's own class."""
+    """Raise a `StateError` unless `swap_back_` can restore what the layer was."""
     own = type(layer)
     if own is not class_of(layer.miss_type, layer.miss_host, layer.miss_form):
         expected = class_of(layer.miss_type, layer.miss_host, layer.miss_form).__name__
         rule = "its class was replaced after injection (a parametrization or fully_shard does this)"
         rule += ", so eject cannot restore it"
         raise StateError(rule, expected=expected, actual=own.__name__)
+    for key in map(d_name, layer.miss_configs):
+        if key not in layer._parameters:
+            rule = f"its {key} is no parameter of its own any more (pruned, parametrized?)"
+            raise StateError(rule, do="remove what replaced it")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from miss.errors import StateError, at, merged_error, named
 from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
 from miss.layers.host import base_name, d_name
+from miss.layers.swap import drop_base, keep_base
 from miss.tensors import ADAPTER_DTYPES, Owners, largest, owners, tied_to, unwritable
 from miss.tree import Tree, joined
 
@@ -31,12 +32,14 @@ class Place(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The Parameter's values."""
-        return self.layer.get_parameter(self.parameter).detach()
+        parameters: Any = self.layer._parameters
+        return parameters[self.parameter].detach()  # type: ignore[no-any-return]
 
     @property
     def d(self) -> Tensor:
         """The values of D."""
-        return self.layer.get_parameter(d_name(self.parameter)).detach()
+        parameters: Any = self.layer._parameters
+        return parameters[d_name(self.parameter)].detach()  # type: ignore[no-any-return]
 
     @property
     def base(self) -> Tensor | None:
@@ -94,8 +97,7 @@ def merge(model: nn.Module) -> dict[str, float]:
             for name, place in found.items():
                 if fresh := place.base is None:
                     with torch.inference_mode(False):
-                        base = place.weight.clone()
-                        place.layer.register_buffer(base_name(place.parameter), base, False)
+                        keep_base(place.layer, place.parameter, place.weight.clone())
                     done.append(place)
                 errors[name] = _add_to_base_(place, write=fresh)
         except BaseException:  # out of memory, or interrupted
@@ -167,10 +169,8 @@ def bake_(place: Place) -> None:
 def restore_(place: Place) -> None:
     """Copy the base back into a merged Parameter."""
     with torch.inference_mode(False), torch.no_grad():
-        place.layer.get_parameter(place.parameter).copy_(
-            place.layer.get_buffer(base_name(place.parameter))
-        )
-    delattr(place.layer, base_name(place.parameter))
+        place.weight.copy_(cast(Tensor, place.base))
+    drop_base(place.layer, place.parameter)
 
 
 def refuse_loading(module: nn.Module, *args: Any) -> None:
@@ -211,7 +211,7 @@ def _deltas(place: Place) -> Iterator[tuple[slice, Tensor]]:
 
 def _add_to_base_(place: Place, write: bool) -> float:
     """The relative error of a merged Parameter's delta; if ``write``, first set it to the sum."""
-    weight, base = place.weight, place.layer.get_buffer(base_name(place.parameter))
+    weight, base = place.weight, cast(Tensor, place.base)
     size = abs(place.config.scale) * largest(place.d) if weight.numel() else 0.0
     # Squares of deltas outside this range would leave that of fp32.
     unit = size if size and not 1e-8 < size < 1e8 else 1.0

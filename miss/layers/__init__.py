@@ -1,6 +1,5 @@
 """Which layers can be adapted: the registry of layer types, and the classes of adapted layers."""
 
-import copyreg
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -42,8 +41,8 @@ def register(
 
     Raises:
         TargetError: ``layer_type`` is not a module type, or ``host`` not a complete `Host`.
-        StateError: the type is registered already; type or host cannot be imported by name, which a
-            pickle of the layer needs; or the example does not hold.
+        StateError: the type is registered already, or cannot be subclassed; type or host cannot be
+            imported by name, which a pickle of the layer needs; or the example does not hold.
 
     ``docs/how-to/own-layer-type.md`` shows a host and its test.
     """
@@ -123,7 +122,7 @@ def refusal(module: nn.Module) -> str | None:
     if any(is_dtensor(module._parameters[parameter]) for parameter in parameters):
         return "has a DTensor weight: inject first, then parallelize"
     ours = _NAMES.union(*((d_name(p), base_name(p)) for p in parameters))
-    own: set[str] = set()
+    own = {name for name in ours if hasattr(type(module), name)}
     for names in (module.__dict__, module._parameters, module._buffers, module._modules):
         own |= ours.intersection(names)
     if own:
@@ -155,6 +154,12 @@ def _check_types(layer_type: Any, host: Any) -> None:
         if _imported(path_of(kind)) is not kind:
             rule = f"{path_of(kind)} cannot be imported by its name, as a pickle of the layer needs"
             raise StateError(rule, do="define it at the top level of a module")
+    for form in METHODS.values():
+        try:
+            class_of(layer_type, host, form)
+        except TypeError as error:
+            rule = f"{path_of(layer_type)} cannot be subclassed, as adapting it needs"
+            raise StateError(rule, actual=str(error)) from error
 
 
 def _are_axes(axes: Any) -> bool:
@@ -177,26 +182,57 @@ def _imported(path: str) -> Any:
 def _make_class(
     layer_type: type[nn.Module], host: type[Host], form: type[Form]
 ) -> type[AdaptedLayer]:
-    """The class of adapted layers of a registered type. They pickle as (type, host, form)."""
+    """The class of adapted layers of a registered type. They pickle by type, host and form."""
     doc = f"{layer_type.__name__}, adapted with {form.prefix}."
     body = {"miss_form": form, "miss_host": host, "miss_type": layer_type, "__doc__": doc}
     body |= {"__module__": layer_type.__module__, "__reduce_ex__": _reduce}
+    if hasattr(layer_type, "__deepcopy__"):
+        body["__deepcopy__"] = _deepcopy
     name = f"{form.prefix}{layer_type.__name__}"
     meta: Any = type(layer_type)
     made: type[AdaptedLayer] = meta(name, (AdaptedLayer, layer_type), body)
     return made
 
 
-def _rebuild(layer_type: type[nn.Module], host: type[Host], form: type[Form]) -> AdaptedLayer:
-    """An empty object of a made class; the process need not have registered the type."""
-    cls = class_of(layer_type, host, form)
-    return cls.__new__(cls)
+def _rebuild(
+    layer_type: type[nn.Module], host: type[Host], form: type[Form], build: Any, *args: Any
+) -> Any:
+    """An object of a made class, before its state; the process need not have registered the type.
+
+    ``build(*args)`` gives one of the layer's own type.
+    """
+    layer = build(*args)
+    object.__setattr__(layer, "__class__", class_of(layer_type, host, form))
+    return layer
 
 
 def _reduce(self: AdaptedLayer, protocol: Any) -> Any:
-    """Pickle by the import paths of type, host and form, because a made class has none."""
+    """Pickle by the import paths of type, host and form, because a made class has none.
+
+    The type may pickle in its own way, as long as ``__dict__`` is its state or in its state.
+    """
     reduced: Any = super(AdaptedLayer, self).__reduce_ex__(protocol)
+    key, made = (self.miss_type, self.miss_host, self.miss_form), type(self)
+    if isinstance(reduced, str) or made is not class_of(*key):  # swapped again, as FSDP does
+        return reduced
     build, args, *rest = reduced
-    if build is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-        build, args = _rebuild, (self.miss_type, self.miss_host, self.miss_form)
-    return (build, args, *rest)
+    state = rest[0] if rest else {}
+    if isinstance(state, dict) and "_miss_configs" not in state:
+        raise _lost(self, "__reduce__ or __getstate__")
+    own = (self.miss_type if part is made else part for part in (build, *args))
+    return (_rebuild, (*key, *own), *rest)
+
+
+def _deepcopy(self: Any, memo: Any) -> Any:
+    """As the type's own ``__deepcopy__``, if that copies the adapter."""
+    copied = super(AdaptedLayer, self).__deepcopy__(memo)
+    if type(copied) is not type(self) or copied.miss_configs != self.miss_configs:
+        raise _lost(self, "__deepcopy__")
+    return copied
+
+
+def _lost(layer: AdaptedLayer, method: str) -> StateError:
+    rule = f"cannot be copied: the {method} of {path_of(layer.miss_type)} leaves out the adapter"
+    error = StateError(rule, do="let it make an object of type(self), with all of __dict__")
+    error.where = type(layer).__name__
+    return error

@@ -4,7 +4,6 @@ A layer is adapted in place: its class becomes one that has `AdaptedLayer` befor
 type. That type's ``forward`` computes the base's output; the mixin adds the delta.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from miss.errors import ShapeError, StateError, TargetError, at, merged_error
 from miss.forms import Form, LayerConfig
 from miss.layers import loading
-from miss.layers.host import Depth, Host, base_name, d_name
+from miss.layers.host import Depth, Host, base_name, d_name, named_input
 from miss.tensors import is_dtensor, is_managed
 
 __all__ = ["AdaptedLayer"]
@@ -149,7 +148,14 @@ class AdaptedLayer(_Mixin):
 
         Shape:
             That of ``y``.
+
+        Raises:
+            StateError: ``y`` is no tensor: a host describes layers that return one.
         """
+        if not isinstance(y, Tensor):
+            with at(type(self).__name__):
+                rule = "a layer that a host describes returns one tensor"
+                raise StateError(rule, actual=type(y).__name__)
         host, last = self.miss_host, self.miss_host.features == -1
         y = y if last else y.movedim(host.features, -1)
         for parameter, config in self._miss_configs.items():
@@ -176,7 +182,7 @@ class AdaptedLayer(_Mixin):
             return self._miss_merged_forward(args, kwargs)
         if self._miss_depth.count:
             return super().forward(*args, **kwargs)
-        x = args[0] if args else self._miss_input(kwargs)
+        x = args[0] if args else named_input(self, kwargs)
         if len(args) + len(kwargs) == 1 and self._miss_seam_is_ours():
             y = self.miss_host.fast(self, x)
             if y is not None:
@@ -192,11 +198,11 @@ class AdaptedLayer(_Mixin):
             texts.append(f"rank={config.rank}, scale={config.scale}, dropout={config.dropout}")
         return ", ".join(text for text in texts if text)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `nn.Module`; zero a D that ``to_empty`` or a move off meta left uninitialised."""
         names = [d_name(parameter) for parameter in self._miss_configs]
         was_meta = {name for name in names if getattr(self, name).is_meta}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         # `to_empty` is known by its code object, not only by meta tensors: it visits a module with
         # two names twice, and the second time D is not on meta any more.
         emptied = getattr(fn, "__code__", None) in nn.Module.to_empty.__code__.co_consts
@@ -219,7 +225,7 @@ class AdaptedLayer(_Mixin):
             weight, d = getattr(self, parameter), getattr(self, d_name(parameter))
             if d.is_meta and not weight.is_meta:  # a base checkpoint moved the weight off meta
                 zeros = torch.zeros_like(d, device=weight.device)
-                setattr(self, d_name(parameter), nn.Parameter(zeros, d.requires_grad))
+                self._parameters[d_name(parameter)] = nn.Parameter(zeros, d.requires_grad)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """As in `nn.Module`; while merged, that of the merged plain layer, as the metadata says."""
@@ -257,7 +263,7 @@ class AdaptedLayer(_Mixin):
             with at(type(self).__name__):
                 raise merged_error("a training forward would give miss_D no gradient")
         if self._miss_depth.count:
-            bases = {p: self.get_buffer(base_name(p)) for p in self._miss_configs}
+            bases: Any = {p: self._buffers[base_name(p)] for p in self._miss_configs}
             return self.miss_host.with_weights(self, bases, args, kwargs)
         return super().forward(*args, **kwargs)
 
@@ -273,24 +279,19 @@ class AdaptedLayer(_Mixin):
                     do = "miss.eject(model) before a layer is resized, and inject again after"
                     raise ShapeError(rule, expected=expected, actual=actual, do=do)
 
-    def _miss_input(self, kwargs: dict[str, Any]) -> Any:
-        """The layer's first argument, which was given by name."""
-        _, first, *_ = inspect.signature(self.miss_type.forward).parameters
-        return kwargs[first]
-
     def _miss_seam_is_ours(self) -> bool:
         ours = type(self).miss_delta is AdaptedLayer.miss_delta
         return ours and "miss_delta" not in self.__dict__
 
 
-def _reset_parameters(self: Any) -> None:
+def _reset_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Initialise the layer as its own type does, and each D to zero.
 
     Raises:
         StateError: the layer is merged.
     """
     self._miss_zero()
-    super(AdaptedLayer, self).reset_parameters()
+    return super(AdaptedLayer, self).reset_parameters(*args, **kwargs)
 
 
 def _moved(product: Any, features: int, x: Tensor, d: Tensor) -> Tensor:

@@ -54,21 +54,27 @@ def _compare(layer: nn.Module, cls: type[AdaptedLayer], args: tuple[Any, ...]) -
     if not isinstance(adapted, AdaptedLayer):
         expected = ", ".join(cls.miss_host.axes)
         raise StateError("the layer has no Parameter that the host names", expected=expected)
-    base: Tensor = plain(*args)
+    base: Tensor = plain(*_fresh(args))
     rule = f"the host does not describe the layer ({cls.__name__})"
-    if not torch.equal(adapted(*args), base):
+    if not torch.equal(adapted(*_fresh(args)), base):
         do = "see that the layer computes the same each time, and that product is linear in d"
         raise StateError(f"{rule}: a zero D changes the output", do=do)
     for parameter in adapted.miss_configs:
-        d = adapted.get_parameter(d_name(parameter))
+        d: Any = adapted._parameters[d_name(parameter)]
         d.copy_(torch.randint(-2, 3, d.shape))
         delta = adapted.miss_delta_weight(parameter)
-        weight = plain.get_parameter(parameter)
+        weight: Any = plain._parameters[parameter]
         weight.add_(delta.to(weight.dtype))
-    want, got = plain(*args), adapted(*args)
-    bound = torch.finfo(want.dtype).eps ** 0.5 * want.abs().max()
+    want, got = plain(*_fresh(args)), adapted(*_fresh(args))
+    dtypes = {want.dtype, *(plain._parameters[p].dtype for p in adapted.miss_configs)}  # type: ignore[union-attr]
+    bound = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * want.abs().max()
     if got.shape != want.shape or not (got - want).abs().max() <= bound:
         gap = "another shape" if got.shape != want.shape else f"{(got - want).abs().max():.3g}"
         do = "see that product is linear in x and in d, and that axes are the Parameter's"
         what = "the output is not that of the layer with the delta in its weights"
         raise StateError(f"{rule}: {what}", expected=f"at most {bound:.3g}", actual=gap, do=do)
+
+
+def _fresh(args: tuple[Any, ...]) -> list[Any]:
+    """Copies of the tensors, because a layer may write to its input."""
+    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]

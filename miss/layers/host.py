@@ -1,15 +1,16 @@
 """`Host`, which describes a base layer, and the names of what an adapter adds to the layer."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from miss.errors import StateError
+from miss.errors import StateError, at
 from miss.forms import Axes
 
-__all__ = ["Depth", "Host", "base_name", "d_name"]
+__all__ = ["Depth", "Host", "base_name", "d_name", "named_input"]
 
 
 class Host:
@@ -78,6 +79,21 @@ class Depth:
 
     def __reduce__(self) -> tuple[type["Depth"], tuple[()]]:
         return Depth, ()
+
+
+def named_input(layer: Any, kwargs: dict[str, Any]) -> Any:
+    """The first argument of an adapted layer's own ``forward``, which was given by name.
+
+    Raises:
+        StateError: it was not given, and the layer can do without.
+    """
+    _, first, *_ = inspect.signature(layer.miss_type.forward).parameters
+    if first not in kwargs:
+        layer.miss_type.forward(layer, **kwargs)  # raises as the layer does, if it needs it
+        with at(type(layer).__name__):
+            rule = "the input must be the first argument, or be given by its name"
+            raise StateError(rule, expected=first, actual=", ".join(kwargs))
+    return kwargs[first]
 
 
 def d_name(parameter: str) -> str:

@@ -27,7 +27,8 @@ class ShortName:
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None:
-            return self
+            found = getattr(AdaptedLayer, f"miss_{self.name}")
+            return found if callable(found) else self
         for own in (layer.__dict__, layer._parameters, layer._buffers, layer._modules):
             if self.name in own:
                 return own[self.name]

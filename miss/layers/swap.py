@@ -1,15 +1,20 @@
-"""The swap of a layer's class, and the way back."""
+"""The swap of a layer's class, and the way back.
+
+Nothing here goes through ``__setattr__`` or another method that a layer's type may have replaced:
+what was checked must not fail half-way.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
 from miss.layers.host import Depth, base_name, d_name
 
-__all__ = ["Adapter", "attach", "new_adapter", "new_d", "swap_", "swap_back_"]
+__all__ = ["Adapter", "attach", "drop_base", "keep_base", "new_adapter", "new_d", "swap_"]
+__all__ += ["swap_back_"]
 
 
 class Adapter(NamedTuple):
@@ -58,7 +63,7 @@ def swap_(adapter: Adapter) -> None:
     """Adapt a Parameter of a layer; everything has been checked."""
     layer, parameter, cls, config, d = adapter
     if not isinstance(layer, AdaptedLayer):
-        layer.__class__ = cls
+        object.__setattr__(layer, "__class__", cls)
     attach(layer, parameter, config, d)
 
 
@@ -66,15 +71,26 @@ def attach(layer: Any, parameter: str, config: LayerConfig, d: nn.Parameter) -> 
     """Give an adapted layer the D of a Parameter."""
     layer.__dict__["_miss_configs"] = {**layer._miss_configs, parameter: config}
     layer.__dict__.setdefault("_miss_depth", Depth())
-    layer.register_parameter(d_name(parameter), d)
+    layer._parameters[d_name(parameter)] = d
+
+
+def keep_base(layer: AdaptedLayer, parameter: str, base: Tensor) -> None:
+    """Keep the base of a Parameter beside it, in no `state_dict`."""
+    layer._buffers[base_name(parameter)] = base
+    layer._non_persistent_buffers_set.add(base_name(parameter))
+
+
+def drop_base(layer: AdaptedLayer, parameter: str) -> None:
+    """Free what `keep_base` kept."""
+    layer._buffers.pop(base_name(parameter), None)
+    layer._non_persistent_buffers_set.discard(base_name(parameter))
 
 
 def swap_back_(layer: AdaptedLayer) -> None:
     """Make an adapted layer one of its own type again: each D goes, and no flag changes."""
     for parameter in layer.miss_configs:
-        delattr(layer, d_name(parameter))
-        layer._buffers.pop(base_name(parameter), None)
-        layer._non_persistent_buffers_set.discard(base_name(parameter))
+        del layer._parameters[d_name(parameter)]
+        drop_base(layer, parameter)
     for name in ("_miss_configs", "_miss_depth"):
         del layer.__dict__[name]
-    layer.__class__ = layer.miss_type  # type: ignore[assignment]  # the way back of `swap_`
+    object.__setattr__(layer, "__class__", layer.miss_type)
