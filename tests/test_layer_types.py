@@ -261,3 +261,45 @@ def test_methods_of_short_names_can_be_called_on_the_class():
     layer = MiSSeLinear(8, 6, 2)
     assert MiSSeLinear.delta_weight(layer).shape == (6, 8)
     MiSSeLinear.reset_adapter(layer)
+
+
+class Renames(Plain):
+    """Stores its weight under another key."""
+
+    def _save_to_state_dict(self, state: dict[str, Tensor], prefix: str, keep_vars: bool):
+        super()._save_to_state_dict(state, prefix, keep_vars)
+        state[f"{prefix}packed"] = state.pop(f"{prefix}weight")
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: object):
+        if f"{prefix}packed" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}packed")
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+register(Renames, PlainHost)
+
+
+def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: object):
+    if f"{prefix}packed" in state:
+        state[f"{prefix}weight"] = state.pop(f"{prefix}packed")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("kind", [Renames, nn.Linear])
+def test_a_merged_weight_under_another_key_is_not_loaded(kind: type[nn.Module], marked: bool):
+    layer = Renames() if kind is Renames else nn.Linear(8, 6)
+    model = inject(nn.Sequential(layer), "0", rank=4)
+    nn.init.normal_(model[0].miss_D)
+    merge(model)
+    state = copy.deepcopy(model.state_dict())
+    unmerge(model)
+    if kind is nn.Linear:
+        model[0].register_load_state_dict_pre_hook(rename)
+        state["0.packed"] = state.pop("0.weight")
+    before = snapshot(model)
+    with pytest.raises(StateError, match="the incoming weight is a merged one"):
+        model.load_state_dict(state if marked else dict(state), strict=False)
+    assert snapshot(model) == before
+    own = copy.deepcopy(model.state_dict())
+    model.load_state_dict(own)
+    assert all(torch.equal(tensor, own[key]) for key, tensor in model.state_dict().items())

@@ -215,12 +215,8 @@ class AdaptedLayer(_Mixin):
 
     def _load_from_state_dict(self, state: Any, prefix: str, about: Any, *args: Any) -> None:
         """As in `nn.Module`, after a check of what the state means; see `miss.layers.loading`."""
-        for parameter, config in self._miss_configs.items():
-            own = self._parameters.get(parameter), self._parameters.get(d_name(parameter))
-            new = state.get(prefix + parameter), state.get(prefix + d_name(parameter))
-            with at(prefix[:-1] or type(self).__name__):
-                loading.check(config, own, new, about.get(loading.KEY, {}))
-        super()._load_from_state_dict(state, prefix, about, *args)
+        with loading.checked(self):
+            super()._load_from_state_dict(state, prefix, about, *args)
         for parameter in self._miss_configs:
             weight, d = getattr(self, parameter), getattr(self, d_name(parameter))
             if d.is_meta and not weight.is_meta:  # a base checkpoint moved the weight off meta

@@ -1,17 +1,20 @@
 """What a `state_dict` says of an adapted layer, and what is checked when one is loaded."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from miss.errors import StateError
+from miss.errors import StateError, at
 from miss.forms import Form, LayerConfig
+from miss.layers.host import d_name
 from miss.tensors import is_data, positions, same
 
-__all__ = ["KEY", "about_of", "check", "check_form", "metadata"]
+__all__ = ["KEY", "about_of", "check_form", "checked", "metadata"]
 
 KEY = "miss"  # of a module's entry in `_metadata`
 
@@ -35,7 +38,27 @@ def check_form(form: type[Form], about: Mapping[str, Any]) -> None:
         raise StateError("D comes from another form or sign", expected=own, actual=theirs)
 
 
-def check(
+@contextmanager
+def checked(layer: Any) -> Iterator[None]:
+    """Check what is loaded into an adapted layer, once its own hooks have renamed their keys."""
+    hooks = layer._load_state_dict_pre_hooks
+    hooks[KEY] = partial(_check_layer, layer)  # the last one
+    try:
+        yield
+    finally:
+        del hooks[KEY]
+
+
+def _check_layer(layer: Any, state: Mapping[str, Any], prefix: str, about: Any, *_: Any) -> None:
+    for parameter, config in layer._miss_configs.items():
+        names = parameter, d_name(parameter)
+        own = [layer._parameters.get(name) for name in names]
+        new = [state.get(prefix + name) for name in names]
+        with at(prefix[:-1] or type(layer).__name__):
+            _check(config, own, new, (about or {}).get(KEY) or {})
+
+
+def _check(
     config: LayerConfig,
     own: Sequence[Tensor | None],
     incoming: Sequence[Any],
@@ -73,7 +96,7 @@ def check(
         raise _merged()
     if new_d is None and not same(new.to(weight.device, weight.dtype), weight):
         text = "another base weight is loaded under a D that was trained on the present one"
-        warnings.warn(f"{text}; load adapters with miss.load", UserWarning, stacklevel=4)
+        warnings.warn(f"{text}; load adapters with miss.load", UserWarning, stacklevel=6)
 
 
 def _looks_merged(config: LayerConfig, weight: Tensor, d: Tensor, new: Tensor) -> bool:
