@@ -149,7 +149,8 @@ def _hits(tree: Tree, target: Target, not_linear: set[int]) -> Hits:
     left: dict[str, int] = {}
     if isinstance(target, str) and _is_plain(target):
         for full, module, parameter in tree.weights.get(target.rpartition(".")[2], ()):
-            if full == target or ("." in target and full.endswith(f".{target}")):
+            same = full == target and ("." in target or not modules)
+            if same or ("." in target and full.endswith(f".{target}")):
                 parameters.setdefault((id(module), _first_key(module, parameter)), full)
             elif "." not in target and id(module) not in modules:
                 left[full] = id(module)
@@ -164,7 +165,8 @@ def _sites(
     left_out: Callable[[int, str], bool],
 ) -> list[Site]:
     """The Parameters to adapt among what a target matches; those left out may be among them."""
-    sites = []
+    sites: list[Site] = []
+    refused: dict[bool, TargetError] = {}  # the first one, by whether it is left out
     for key, module in hits.modules.items():
         if candidates.get(key, "") is None:
             sites += [Site(tree.first[key], module, p) for p in parameters_of(module)]
@@ -174,11 +176,12 @@ def _sites(
         if why is None and parameter in parameters_of(module):
             sites.append(Site(tree.first[key], module, parameter))
             continue
-        if left_out(key, parameter):
-            continue
-        with at(full):
-            why = why or f"no host of a {path_of(type(module))} adapts it: see miss.register"
-            raise TargetError(f"is a Parameter that cannot be adapted: {why} (target {target!r})")
+        why = why or f"no host of a {path_of(type(module))} adapts it: see miss.register"
+        error = TargetError(f"is a Parameter that cannot be adapted: {why} (target {target!r})")
+        error.where = full
+        refused.setdefault(left_out(key, parameter), error)
+    if False in refused or (refused and not sites):
+        raise refused.get(False) or refused[True]
     return sites
 
 

@@ -272,3 +272,17 @@ def test_however_many_targets_each_parameter_is_looked_at_once(monkeypatch):
     model = nn.ModuleList(nn.Linear(2, 2) for _ in range(50))
     inject(model, [str(place) for place in range(50)], rank=1)
     assert len(seen) == 100
+
+
+def test_a_lone_name_of_modules_means_modules_beside_a_parameter_of_the_root():
+    model = nn.ModuleDict({"block": nn.ModuleDict({"proj": nn.Linear(8, 8)})})
+    model.register_parameter("proj", nn.Parameter(torch.ones(8, 8)))
+    with pytest.warns(UserWarning, match="Parameters of that name are not adapted: proj$"):
+        inject(model, "proj", rank=2)
+    assert list(adapted_modules(model)) == ["block.proj"]
+
+
+def test_a_target_that_is_all_excluded_says_why_it_cannot_be_adapted():
+    model = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Conv1d(8, 8, 1)})
+    with pytest.raises(TargetError, match=r"two\.weight: is a Parameter that cannot be adapted"):
+        inject(model, ["one", "two.weight"], rank=2, exclude="two")
