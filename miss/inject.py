@@ -1,6 +1,7 @@
 """`inject` puts adapters into a model, in place, and `eject` takes them out."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -8,13 +9,21 @@ from torch import nn
 
 from miss.errors import ShapeError, StateError, TargetError, at, merged_error, named
 from miss.forms import METHODS, check_adapter_dtype
-from miss.layers import AdaptedLayer, class_of, host_of, looks_linear, path_of, refusal
+from miss.layers import (
+    AdaptedLayer,
+    class_of,
+    host_of,
+    looks_linear,
+    parameters_of,
+    path_of,
+    refusal,
+)
 from miss.layers.host import d_name
 from miss.layers.swap import Adapter, new_adapter, swap_, swap_back_
 from miss.merging import bake_, check_mergeable, check_restorable, guard, places, restore_
 from miss.parents import place_hooks, read_weights, remove_hooks
 from miss.targets import Site, Targets, select
-from miss.tree import Tree
+from miss.tree import Tree, joined
 
 __all__ = ["SKIPPED", "adopt_all_", "candidates", "eject", "inject"]
 
@@ -30,9 +39,9 @@ def inject(
     model: Model,
     targets: Targets,
     *,
-    rank: int = 64,
+    rank: int | Callable[[str, nn.Module], int] = 64,
     method: str = "misse",
-    scale: float = 1.0,
+    scale: float | Callable[[str, nn.Module], float] = 1.0,
     dropout: float = 0.0,
     adapter_dtype: torch.dtype | None = None,
     exclude: Targets = (),
@@ -57,9 +66,11 @@ def inject(
             Parameter of two or more axes, by its whole name or at least by its module's name and
             its own (``"fc.weight"``). The only weight of a layer stands for the layer; one of
             several weights is adapted alone.
-        rank: from 1 to each layer's ``in_features`` (``"misse"``) or ``out_features`` (``"miss"``).
+        rank: from 1 to each layer's ``in_features`` (``"misse"``) or ``out_features`` (``"miss"``):
+            a number, or a ``callable(name, module) -> int``. For one Parameter of a layer that has
+            several, the name is the Parameter's.
         method: ``"misse"`` (input blocks share D) or ``"miss"`` (output shards share D).
-        scale: factor of the delta.
+        scale: factor of the delta: a number, or a ``callable(name, module) -> float``.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter in training mode.
         adapter_dtype: dtype of D; by default the weight's, or float32 if that is half precision.
         exclude: what not to adapt, in the forms of ``targets``. A module stands for all that it
@@ -91,17 +102,69 @@ def inject(
             raise ShapeError("unknown method", expected=expected, actual=actual)
         check_adapter_dtype(adapter_dtype)
         found = select(tree, targets, candidates(tree), exclude=exclude, trainable=trainable)
-        plan: list[Adapter] = []
-        settings = {"scale": scale, "dropout": dropout, "adapter_dtype": adapter_dtype}
-        for site in found.adapt:
-            with at(named(site.name)):
-                _check_unadapted(site, method)
-                cls = _class_for(site.module, method)
-                plan.append(new_adapter(site.module, site.parameter, cls, rank, **settings))  # type: ignore[arg-type]
+        plan = _planned(found.adapt, method, rank, scale, dropout, adapter_dtype)
         adopt_all_(tree, plan, found.trainable, freeze)
         for module, reason in found.skipped:
             module.__dict__[SKIPPED] = reason
         return model
+
+
+def _planned(
+    sites: list[Site],
+    method: str,
+    rank: int | Callable[[str, nn.Module], int],
+    scale: float | Callable[[str, nn.Module], float],
+    dropout: float,
+    adapter_dtype: torch.dtype | None,
+) -> list[Adapter]:
+    """The adapters of the sites, allocated; layers too small for their rank are named at once."""
+    plan: list[Adapter] = []
+    small: list[tuple[str, int, ShapeError]] = []
+    for site in sites:
+        several = len(parameters_of(site.module)) > 1
+        name = joined(site.name, site.parameter) if several else site.name
+        with at(named(site.name)):
+            _check_unadapted(site, method)
+            cls = _class_for(site.module, method)
+            own_rank = rank(name, site.module) if callable(rank) else rank
+            own_scale = scale(name, site.module) if callable(scale) else scale
+            try:
+                adapter = new_adapter(
+                    site.module,
+                    site.parameter,
+                    cls,
+                    own_rank,
+                    scale=own_scale,
+                    dropout=dropout,
+                    adapter_dtype=adapter_dtype,
+                )
+            except ShapeError as error:
+                limit = _limit(site, cls)
+                if not isinstance(own_rank, Integral) or own_rank <= limit:
+                    raise
+                small.append((named(name), limit, error))
+                continue
+        plan.append(adapter)
+    if small:
+        raise _too_small(small)
+    return plan
+
+
+def _limit(site: Site, cls: type[AdaptedLayer]) -> int:
+    """The largest rank of a Parameter."""
+    axes = cls.miss_host.axes[site.parameter]
+    return cls.miss_host.sizes(site.module, site.parameter)[axes[cls.miss_form.axis]]
+
+
+def _too_small(small: list[tuple[str, int, ShapeError]]) -> ShapeError:
+    """The error of the first layer that is too small for its rank; it names the others too."""
+    name, _, error = small[0]
+    others = [f"{other} (at most {limit})" for other, limit, _ in small[1:]]
+    if others:
+        error.actual = f"{error.actual}; too small as well: {', '.join(others)}"
+    error.do = "give a smaller rank, exclude these layers, or pass rank=lambda name, module: ..."
+    error.where = name
+    return error
 
 
 def candidates(tree: Tree) -> dict[int, str | None]:

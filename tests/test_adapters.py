@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from miss import StateError, adapted_modules, disabled, eject, inject, summary, verify
+from miss import StateError, adapted_modules, disabled, eject, inject, merge, summary, verify
 from tests.models import TOKENS, Decoder
 from tests.strategies import FORMS
 from tests.test_inject import perturb
@@ -198,3 +198,50 @@ def test_verify_keeps_an_instance_level_forward():
     model[0].forward = wrapper = lambda x: inner(x)
     verify(model, torch.randn(4))
     assert model[0].__dict__["forward"] is wrapper
+
+
+class Outputs(nn.Module):
+    """A body, a pool that gets no gradient, and outputs inside one another."""
+
+    def __init__(self, detached: bool):
+        super().__init__()
+        self.body, self.pool, self.detached = nn.Linear(4, 4), nn.Linear(4, 4), detached
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        hidden = self.body(x)
+        pooled = self.pool(hidden)
+        return {"states": [(hidden, torch.ones(3, dtype=torch.long))], "pooled": self.last(pooled)}
+
+    def last(self, pooled: torch.Tensor) -> torch.Tensor:
+        return pooled.detach() if self.detached else pooled
+
+
+@methods
+def test_verify_with_a_backward_names_each_d_without_a_gradient(method: str):
+    x = torch.randn(2, 4)
+    model = inject(Outputs(detached=False), "all-linear", rank=2, method=method)
+    kept = model.body.miss_D.grad = torch.ones_like(model.body.miss_D)
+    with torch.no_grad():
+        verify(model, x, backward=True)
+    assert model.body.miss_D.grad is kept
+    assert model.pool.miss_D.grad is None
+    detached = inject(Outputs(detached=True), "all-linear", rank=2, method=method)
+    verify(detached, x)
+    with pytest.raises(StateError, match=r"1 D got no gradient .*\n.*actual:   pool\n"):
+        verify(detached, x, backward=True)
+    model.body.miss_D.requires_grad_(False)
+    with pytest.raises(StateError, match=r"actual:   body\n"):
+        verify(model, x, backward=True)
+    merge(model)
+    with pytest.raises(StateError, match=r"is merged: .*\n.*unmerge"):
+        verify(model, x, backward=True)
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0))
+    inject(frozen, "0", rank=2, method=method)
+    frozen[0].register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(StateError, match=r"actual:   0\n"):
+        verify(frozen, x, backward=True)
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+def test_verify_with_a_backward_under_activation_checkpointing(checkpointing: str | None):
+    verify(adapted_decoder(checkpointing=checkpointing), TOKENS, backward=True)

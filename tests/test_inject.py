@@ -125,6 +125,42 @@ def test_failed_inject_changes_nothing(
     assert snapshot(model) == before
 
 
+def test_rank_and_scale_can_be_functions():
+    asked = []
+
+    def rank(name: str, module: nn.Module) -> int:
+        asked.append((name, module))
+        return min(12, module.in_features)
+
+    model = Decoder()
+    inject(model, ["mlp.0", "mlp.2"], rank=rank, scale=lambda name, module: 1 / module.in_features)
+    layers = adapted_modules(model)
+    settings = {name: (layer.rank, layer.scale) for name, layer in layers.items()}
+    first = {"layers.0.mlp.0": (8, 1 / 8), "layers.0.mlp.2": (12, 1 / 16)}
+    assert settings == first | {name.replace("0", "1", 1): each for name, each in first.items()}
+    assert asked == list(layers.items())
+    before = snapshot(model)
+    for wrong in (0, "4", None, 2.0, True):
+        with pytest.raises(ShapeError, match=rf"q_proj: rank.*\n.*\n.*rank={wrong!r}"):
+            inject(model, "q_proj", rank=lambda name, module, wrong=wrong: wrong)
+    with pytest.raises(ShapeError, match="scale='1'"):
+        inject(model, "q_proj", rank=2, scale=lambda name, module: "1")
+    with pytest.raises(ZeroDivisionError):
+        inject(model, "q_proj", rank=lambda name, module: 1 // 0)
+    assert snapshot(model) == before
+
+
+def test_all_layers_too_small_for_the_rank_are_named_at_once():
+    with pytest.raises(ShapeError) as error:
+        inject(Decoder(), ["mlp.0", "mlp.2", "lm_head"], rank=17)
+    text = str(error.value)
+    for name, limit in (("layers.1.mlp.0", 8), ("layers.0.mlp.2", 16), ("lm_head", 8)):
+        assert f"{name} (at most {limit})" in text
+    assert text.startswith("layers.0.mlp.0: rank of MiSSe must be an int from 1 to in_features")
+    assert "do:       give a smaller rank, exclude these layers, or pass rank=lambda" in text
+    inject(Decoder(), ["mlp.0", "mlp.2"], rank=lambda name, module: min(17, module.in_features))
+
+
 def test_failed_allocation_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     model = Decoder()
     before, calls, zeros = snapshot(model), [], torch.zeros
