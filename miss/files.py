@@ -40,9 +40,10 @@ class Content(NamedTuple):
 def check_path(path: str | os.PathLike[str]) -> None:
     """Raise a `CheckpointError` unless ``path`` ends in ``.safetensors`` or ``.pt``."""
     if os.path.splitext(os.fspath(path))[1] not in (".safetensors", ".pt"):
-        raise CheckpointError(
-            "unsupported file suffix", expected=".safetensors (recommended) or .pt"
-        )
+        expected = ".safetensors (recommended) or .pt"
+        do = "miss.interop.peft.load(model, directory), if PEFT wrote this directory"
+        do = do if os.path.isdir(path) else ""
+        raise CheckpointError("unsupported file suffix", expected=expected, do=do)
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:

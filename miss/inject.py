@@ -172,7 +172,7 @@ def candidates(tree: Tree) -> dict[int, str | None]:
     read = read_weights(tree)
     reasons = {}
     for module in tree.unique:
-        if host_of(module) is not None or looks_linear(module):
+        if host_of(module) is not None or looks_linear(module) or id(module) in read:
             reasons[id(module)] = read.get(id(module)) or refusal(module)
     return reasons
 

@@ -1,5 +1,6 @@
 """Modules of torch that bypass their children: which children are refused, hooks for the rest."""
 
+import sys
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ __all__ = ["keep_padding", "keep_slow_path", "place_hooks", "read_weights", "rem
 
 
 def read_weights(tree: Tree) -> dict[int, str]:
-    """By id, each module whose parent reads its weight without calling it, and why that matters."""
+    """By id, each module that its parent reads without a call or adapts itself, and the reason."""
     reasons = {}
     for name, module, _ in tree.entries:
         if isinstance(module, nn.MultiheadAttention):
@@ -21,6 +22,11 @@ def read_weights(tree: Tree) -> dict[int, str]:
                 f"is read as a weight by {parent} and never called, so that an adapter on it would "
                 "do nothing: exclude it, or use an attention module that calls its projections"
             )
+    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    tops = [module for module in tree.unique if isinstance(module, tuner)]
+    for key in tree.inside(tops):
+        do = "merge that with PEFT's merge_and_unload, or unload it, first"
+        reasons[key] = f"is a part of a PEFT adapter: {do}"
     return reasons
 
 

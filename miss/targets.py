@@ -251,6 +251,9 @@ def _no_match(
         return TargetError(rule, expected=_nearest(target, names), actual=kinds + own, do=do)
     if hits.left:
         return _only_parameters(target, list(hits.left))
+    if target == ALL_LINEAR and names:
+        rule = "matches nothing: it leaves out the output head and what trainable names"
+        return TargetError(rule, actual=f"linear layers: {', '.join(map(repr, names[:5]))}")
     others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]
     if not names and others:
         kinds = ", ".join(sorted({type(module).__name__ for module in others}))

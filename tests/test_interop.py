@@ -317,6 +317,47 @@ class Experts(nn.Module):
         return x
 
 
+class LayersAtTheRoot(nn.ModuleDict):
+    """A list of layers that is no part of another module, and one that is."""
+
+    def __init__(self):
+        lists = {"a": nn.ModuleList(), "b": nn.ModuleList()}
+        for layers in (*lists.values(), *lists.values()):
+            layers.append(nn.ModuleDict({"up": nn.Linear(4, 4)}))
+        super().__init__({"layers": lists["a"], "inner": nn.ModuleDict({"layers": lists["b"]})})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layers in (self["layers"], self["inner"]["layers"]):
+            for layer in layers:
+                x = layer["up"](x)
+        return x
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", ["layers"]])
+def test_layers_to_transform_at_the_root_are_those_of_peft(tmp_path: pathlib.Path, pattern):
+    options = {} if pattern is None else {"layers_pattern": pattern}
+    config = peft.MissConfig(r=2, target_modules=["up"], layers_to_transform=[1], **options)
+    base, x = LayersAtTheRoot().double(), torch.randn(3, 4, dtype=torch.float64)
+    theirs, ours = peft_and_ours(tmp_path, base, config)
+    assert len(adapted_modules(ours)) == (1 if pattern is None else 2)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("targets", [["up"], ["inner.layers.0.up"], "all-linear"])
+def test_directories_written_over_a_compiled_base(tmp_path: pathlib.Path, targets):
+    base, x = LayersAtTheRoot().double(), torch.randn(3, 4, dtype=torch.float64)
+    compiled = torch.compile(copy.deepcopy(base), backend="eager")
+    theirs = peft.get_peft_model(compiled, peft.MissConfig(r=2, target_modules=targets)).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    assert any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    for model in (copy.deepcopy(base), torch.compile(copy.deepcopy(base), backend="eager")):
+        ours = interop.peft.load(model, tmp_path)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize("pattern", [None, "layers", "(?:layers|blocks)", "(layers|blocks)"])
 @pytest.mark.parametrize("layers", [1, [1], [0, 2], []])
 def test_layers_to_transform_count_layers_not_experts(

@@ -2,15 +2,27 @@
 
 import copy
 import pathlib
+import re
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-from miss import CheckpointError, StateError, inject, interop, merge
+from miss import (
+    CheckpointError,
+    StateError,
+    TargetError,
+    adapted_modules,
+    inject,
+    interop,
+    load,
+    merge,
+    save,
+    summary,
+)
 from tests.models import snapshot
-from tests.test_interop import Classifier, edit, peft_and_ours, trained_by_peft
+from tests.test_interop import Classifier, base_and_targets, edit, peft_and_ours, trained_by_peft
 
 UP = "base_model.model.body.up.miss_block"
 
@@ -217,3 +229,36 @@ def test_a_layer_of_two_names_is_refused_since_peft_adapts_one(tmp_path: pathlib
     for write in (interop.peft.save, interop.lora.save):
         with pytest.raises(StateError, match="a: is held under two names"):
             write(model, tmp_path)
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.MissConfig])
+def test_parts_of_a_peft_model_are_refused(config):
+    base, *_ = base_and_targets("llama")
+    model = peft.get_peft_model(base, config(r=2, target_modules=["q_proj", "v_proj"]))
+    before = snapshot(model)
+    for target in ("q_proj", "*.q_proj", re.compile(r".*q_proj\..*")):
+        with pytest.raises(TargetError, match=r"is a part of a PEFT adapter: .*merge_and_unload"):
+            inject(model, target, rank=2)
+    assert snapshot(model) == before
+    inject(model, "all-linear", rank=2)
+    assert not any("q_proj" in name or "v_proj" in name for name in adapted_modules(model))
+    assert all("PEFT" in reason for reason in summary(model).skipped.values())
+    unloaded = model.merge_and_unload()
+    inject(unloaded, ["q_proj", "v_proj"], rank=2)
+
+
+def test_a_file_for_a_directory_and_the_other_way_round(tmp_path: pathlib.Path):
+    model = inject(Classifier(), "body.*", rank=2)
+    interop.peft.save(model, tmp_path / "peft")
+    save(model, tmp_path / "a.pt")
+    for call, message in (
+        (
+            lambda: load(model, tmp_path / "peft"),
+            r"suffix\n.*\n.*miss\.interop\.peft\.load",
+        ),
+        (lambda: interop.peft.load(model, tmp_path / "a.pt"), r"is a file\n.*\n.*miss\.load"),
+        (lambda: load(model, tmp_path / "none.pt"), "cannot be read: .*none"),
+        (lambda: interop.peft.load(model, tmp_path / "none"), "cannot be read: .*none"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            call()

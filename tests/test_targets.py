@@ -241,3 +241,11 @@ def test_a_module_that_contains_itself_through_a_child_is_walked_once():
     model = nn.Sequential(nn.Linear(2, 2))
     model._modules["loop"] = model
     assert names_of(model) == ["", "0"]
+
+
+def test_all_linear_says_what_it_leaves_out():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(TargetError, match=r"leaves out .* trainable names\n.*linear layers: '2'"):
+        inject(model, "all-linear", rank=2, trainable="2")
+    with pytest.raises(TargetError, match="did you mean 'all-linear'"):
+        inject(model, "all_linear", rank=2)

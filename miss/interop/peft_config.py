@@ -29,7 +29,10 @@ def parse(config: dict[str, Any]) -> Settings:
     """The settings of a configuration; a `CheckpointError` for a form that is not read here."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KEYS:
-        raise CheckpointError("unknown peft_type", expected="MISS or BONE", actual=repr(kind))
+        do = "merge it with PEFT, then adapt the merged model"
+        raise CheckpointError(
+            "unknown peft_type", expected="MISS or BONE", actual=repr(kind), do=do
+        )
     form = config.get("init_weights", True)
     if form == "bat":
         why = "whose delta depends on the base weight and is not linear in D"
@@ -136,9 +139,11 @@ def _is_target(name: str, config: dict[str, Any]) -> bool:
     if isinstance(named, str) or name in named or layers is None or layers == []:
         return True
     patterns = config.get("layers_pattern")
-    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [r"[^.]+"]
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns
+    # Without a pattern PEFT passes over layers at the root: their list must lie in another module.
+    before, patterns = (r"(?:.*?\.)??", patterns) if patterns else (r".*?\.", [r"[^.]*"])
     for pattern in patterns:  # the first number counts: that of the layer, not of an expert inside
-        found = re.match(rf"(?:.*?\.)??(?:{pattern})\.(?P<index>\d+)\.", name)
+        found = re.match(rf"{before}(?:{pattern})\.(?P<index>\d+)\.", name)
         if found is not None:
             return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False

@@ -102,12 +102,16 @@ def write(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> No
 def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a directory, on the CPU; keys are without `PREFIX`.
 
-    No code in a file is run.
+    Names are also without the wrapper of `torch.compile`, which PEFT writes. No code in a file is
+    run.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a key lacks the prefix.
         ImportError: safetensors is absent and needed.
     """
+    if os.path.isfile(folder):
+        do = "miss.load(model, path) for a file that miss.save wrote"
+        raise CheckpointError("is a file", expected="a directory that PEFT wrote", do=do)
     path = os.path.join(folder, CONFIG)
     with at(path):
         try:
@@ -124,4 +128,13 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if foreign:
             expected = f"{PREFIX}<module path>..."
             raise CheckpointError(f"key {foreign[0]!r} is not of PEFT", expected=expected)
-    return config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(field), list):
+            config[field] = [_uncompiled(name) for name in config[field]]
+    return config, {_uncompiled(key.removeprefix(PREFIX)): t for key, t in tensors.items()}
+
+
+def _uncompiled(name: Any) -> Any:
+    if not isinstance(name, str):
+        return name
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
