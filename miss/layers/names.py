@@ -97,11 +97,13 @@ class TorchLayer(AdaptedLayer):
             if type(layer) is not cls.miss_type:
                 expected, actual = path_of(cls.miss_type), path_of(type(layer))
                 do = "miss.register(type, host) and miss.inject, for a type of your own"
-                rule = f"is not a {expected} itself"
+                looks = isinstance(layer, cls.miss_type)
+                rule = (refusal(layer) if looks else None) or f"is not a {expected} itself"
                 raise TargetError(rule, expected=expected, actual=actual, do=do)
             if (reason := refusal(layer)) is not None:
                 raise StateError(reason)
             check_adapter_dtype(adapter_dtype)
+            plan = []
             for parameter in cls.miss_host.axes:
                 adapter = new_adapter(
                     layer,
@@ -112,5 +114,7 @@ class TorchLayer(AdaptedLayer):
                     dropout=dropout,
                     adapter_dtype=adapter_dtype,
                 )
-                swap_(adapter)
+                plan.append(adapter)
+        for adapter in plan:
+            swap_(adapter)
         return cast("Self", layer)
