@@ -237,14 +237,15 @@ def _no_match(
     """Why ``target`` gives nothing to adapt: what it matches instead, or the nearest names."""
     names = [entry.name for entry in tree.entries if candidates.get(id(entry.module), "") is None]
     if refused:
-        key, reason = next(iter(refused.items()))
-        found = f"{named(tree.first[key])} {reason}"
-        return TargetError(f"matches no layer that can be adapted; {found}")
+        key, why = next(iter(refused.items()))
+        rule = f"matches no layer that can be adapted; {named(tree.first[key])} {why}"
+        return TargetError(rule)
     if hits.modules:
         kinds = ", ".join(sorted({type(module).__name__ for module in hits.modules.values()}))
-        held = []
+        held: list[str] = []
         for key, module in hits.modules.items():
-            held += [joined(tree.first[key], p) for p in _weights(module)]
+            for parameter, tensor in module._parameters.items():
+                held += [joined(tree.first[key], parameter)] if has_two_axes(tensor) else []
         own = f"; their Parameters are {', '.join(map(repr, held[:5]))}" if held else ""
         rule = "matches no torch.nn.Linear and no layer of a registered type"
         do = "miss.register(type, host), for a type of your own"
@@ -257,14 +258,9 @@ def _no_match(
     others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]
     if not names and others:
         kinds = ", ".join(sorted({type(module).__name__ for module in others}))
-        actual = f"linear layers that cannot be adapted: {kinds}"
-        return TargetError("matches nothing", actual=actual)
+        kinds = f"linear layers that cannot be adapted: {kinds}"
+        return TargetError("matches nothing", actual=kinds)
     return _unknown_name(target, names)
-
-
-def _weights(module: nn.Module) -> list[str]:
-    """The module's own Parameters of two or more axes, by name."""
-    return [key for key, parameter in module._parameters.items() if has_two_axes(parameter)]
 
 
 def _only_parameters(target: Target, left: list[str]) -> TargetError:
