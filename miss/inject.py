@@ -14,7 +14,6 @@ from miss.layers import (
     class_of,
     host_of,
     looks_linear,
-    parameters_of,
     path_of,
     refusal,
 )
@@ -121,11 +120,11 @@ def _planned(
     plan: list[Adapter] = []
     small: list[tuple[str, int, ShapeError]] = []
     for site in sites:
-        several = len(parameters_of(site.module)) > 1
-        name = joined(site.name, site.parameter) if several else site.name
         with at(named(site.name)):
             _check_unadapted(site, method)
             cls = _class_for(site.module, method)
+            alone = len(cls.miss_host.axes) == 1
+            name = site.name if alone else joined(site.name, site.parameter)
             own_rank = rank(name, site.module) if callable(rank) else rank
             own_scale = scale(name, site.module) if callable(scale) else scale
             try:

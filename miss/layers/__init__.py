@@ -1,5 +1,6 @@
 """Which layers can be adapted: the registry of layer types, and the classes of adapted layers."""
 
+import functools
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -122,13 +123,20 @@ def refusal(module: nn.Module) -> str | None:
     if any(is_dtensor(module._parameters[parameter]) for parameter in parameters):
         return "has a DTensor weight: inject first, then parallelize"
     ours = _NAMES.union(*((d_name(p), base_name(p)) for p in parameters))
-    own = {name for name in ours if hasattr(type(module), name)}
+    layer_type: Any = type(module)
+    own = set(_names_of_class(layer_type, frozenset(ours)))
     for names in (module.__dict__, module._parameters, module._buffers, module._modules):
         own |= ours.intersection(names)
     if own:
         why = "which the adapter needs: rename them"
         return f"has attributes of its own named {sorted(own)}, {why}"
     return host.refusal(module)
+
+
+@functools.cache
+def _names_of_class(layer_type: type[nn.Module], ours: frozenset[str]) -> frozenset[str]:
+    """Which of our names a type has as class attributes; asked once for each type."""
+    return frozenset(name for name in ours if hasattr(layer_type, name))
 
 
 def _check_types(layer_type: Any, host: Any) -> None:
