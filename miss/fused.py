@@ -35,7 +35,8 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
     It needs ordinary dense tensors, one real dtype to compute in, and a frozen weight. No compiler,
     `torch.func` transform, dispatch mode or tracer may be active.
     """
-    if torch.compiler.is_compiling() or transformed() or watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch's stubs lack it
+    if torch.compiler.is_compiling() or transformed() or watched() or tracing():
         return False
     if not (is_ordinary(x) and is_ordinary(weight) and is_ordinary(d)):
         return False
@@ -68,7 +69,8 @@ def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scal
     tensor([[2.]])
     """
     args = x, *_autocast(weight, bias), d, scale
-    y: Tensor = _MiSSe.apply(*args)[0] if torch.is_grad_enabled() else _misse(*args)[0]  # type: ignore[no-untyped-call]
+    run: Any = _MiSSe.apply if torch.is_grad_enabled() else _misse
+    y: Tensor = run(*args)[0]
     return y
 
 
@@ -79,7 +81,8 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale
     """
     weight, bias = _autocast(weight, bias)
     args = _cast(x, weight.dtype), weight, bias, d, scale
-    y: Tensor = _MiSS.apply(*args) if torch.is_grad_enabled() else _miss(*args)  # type: ignore[no-untyped-call]
+    run: Any = _MiSS.apply if torch.is_grad_enabled() else _miss
+    y: Tensor = run(*args)
     return y
 
 
@@ -193,7 +196,10 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Te
 
 def _no_view(y: Tensor) -> Tensor:
     """``y`` as a tensor of its own: autograd forbids writing to a view that a node returns."""
-    return y if y.dim() == 2 else y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's stubs lack it
+    if y.dim() == 2:
+        return y
+    own: Any = y.new_empty(0)
+    return own.set_(y)  # type: ignore[no-any-return]
 
 
 def _tangent(
