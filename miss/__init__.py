@@ -1,4 +1,4 @@
-"""Adapt any PyTorch model with MiSS, Matrix Shard Sharing (arXiv 2409.15371).
+"""Adapt PyTorch models with MiSS, Matrix Shard Sharing (arXiv 2409.15371).
 
 Each adapted weight has one trainable matrix, D.
 """

@@ -62,13 +62,13 @@ def adapter_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     with at("adapter_state_dict"):
         tree = Tree(model)
         tree.refuse_sharded()
-        state: Any = OrderedDict()
-        state._metadata = OrderedDict()
+        state: OrderedDict[str, Tensor] = OrderedDict()
+        layers = vars(state)["_metadata"] = OrderedDict()
         for place in places(own_adapters(tree)).values():
             state[record_of(place).key] = place.d.clone()
             about = {KEY: metadata(place.layer.miss_form, merged=False)}
-            state._metadata[place.name] = about
-        return state  # type: ignore[no-any-return]
+            layers[place.name] = about
+        return state
 
 
 def load_adapter_state_dict(
@@ -253,14 +253,14 @@ def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> OrderedDi
     for position, (state, weight) in enumerate(pairs):
         with at(f"combine, adapter {position}"):
             _check_term(state, weight, first)
-    total: Any = OrderedDict()
-    total._metadata = getattr(first, "_metadata", OrderedDict()).copy()
+    total: OrderedDict[str, Tensor] = OrderedDict()
+    vars(total)["_metadata"] = getattr(first, "_metadata", OrderedDict()).copy()
     for key, d in first.items():
         terms = (float(weight) * s[key].detach().to("cpu", torch.float64) for s, weight in pairs)
         total[key] = functools.reduce(torch.add, terms).to(d.device, d.dtype)
     with at("combine, the sum"):
         files.check_tensors(total)
-    return total  # type: ignore[no-any-return]
+    return total
 
 
 def _is_pair(pair: Any) -> bool:

@@ -102,15 +102,15 @@ class MiSSe(Form):
     peft: ClassVar[bool | str | None] = True
 
     @staticmethod
-    def owner(size: int, rank: int) -> Tensor:  # noqa: D102  # as in `Form`
+    def owner(size: int, rank: int) -> Tensor:
         return torch.arange(size) % rank
 
     @staticmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:  # noqa: D102
+    def expand(d: Tensor, size: int, axis: int) -> Tensor:
         return functional.expand_blocks(d.movedim(axis, -1), size).movedim(-1, axis)
 
     @staticmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
         one = torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
         return functional.expand_blocks(one, size), d
 
@@ -124,15 +124,15 @@ class MiSS(Form):
     peft = None
 
     @staticmethod
-    def owner(size: int, rank: int) -> Tensor:  # noqa: D102
+    def owner(size: int, rank: int) -> Tensor:
         return functional.expand_shards(torch.arange(rank), size)
 
     @staticmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:  # noqa: D102
+    def expand(d: Tensor, size: int, axis: int) -> Tensor:
         return functional.expand_shards(d.movedim(axis, 0), size).movedim(0, axis)
 
     @staticmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
         one = torch.eye(d.shape[0], dtype=d.dtype, device=d.device)
         return d, functional.expand_shards(one, size)
 
@@ -148,11 +148,11 @@ class MiSSeMini(MiSSe):
     peft = "mini"
 
     @classmethod
-    def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:  # noqa: D102
+    def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:
         return (config.rows or config.shape[0], config.rank)
 
     @classmethod
-    def whole(cls, d: Tensor, config: "LayerConfig") -> Tensor:  # noqa: D102
+    def whole(cls, d: Tensor, config: "LayerConfig") -> Tensor:
         return functional.cycle_rows(d, config.shape[0])
 
 
@@ -193,12 +193,6 @@ class LayerConfig:
     def __post_init__(self) -> None:
         put = object.__setattr__  # the only way in a frozen dataclass
         put(self, "shape", tuple(self.shape))
-        if not is_real(self.scale):
-            rule = "scale must be a number"
-            raise ShapeError(rule, expected="a finite number", actual=f"scale={self.scale!r}")
-        if not is_real(self.dropout) or not 0 <= self.dropout < 1:
-            rule, actual = "dropout must be a probability", f"dropout={self.dropout!r}"
-            raise ShapeError(rule, expected="0 <= dropout < 1", actual=actual)
         rank, limit = self.rank, self.size
         if not _is_int(rank) or not 1 <= rank <= limit:
             features = ("out_features", "in_features")[self.form.axis]
@@ -207,6 +201,12 @@ class LayerConfig:
             sizes = f"in_features={in_}, out_features={out}"
             actual = f"rank={rank!r}, {sizes}"
             raise ShapeError(rule, expected=f"1 <= rank <= {limit}", actual=actual)
+        if not is_real(self.scale):
+            rule = "scale must be a number"
+            raise ShapeError(rule, expected="a finite number", actual=f"scale={self.scale!r}")
+        if not is_real(self.dropout) or not 0 <= self.dropout < 1:
+            rule, actual = "dropout must be a probability", f"dropout={self.dropout!r}"
+            raise ShapeError(rule, expected="0 <= dropout < 1", actual=actual)
         rows = self.rows
         if rows is not None and (not _is_int(rows) or rows < 1 or self.shape[0] % rows):
             rule = "rows must divide out_features"

@@ -199,7 +199,8 @@ def _no_view(y: Tensor) -> Tensor:
     if y.dim() == 2:
         return y
     own: Any = y.new_empty(0)
-    return own.set_(y)  # type: ignore[no-any-return]
+    moved: Tensor = own.set_(y)
+    return moved
 
 
 def _tangent(

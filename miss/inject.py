@@ -18,7 +18,7 @@ from miss.layers import (
     refusal,
 )
 from miss.layers.host import d_name
-from miss.layers.swap import Adapter, new_adapter, swap_, swap_back_
+from miss.layers.swap import Adapter, largest_rank, new_adapter, swap_, swap_back_
 from miss.merging import bake_, check_mergeable, check_restorable, guard, places, restore_
 from miss.parents import place_hooks, read_weights, remove_hooks
 from miss.targets import Site, Targets, select
@@ -138,7 +138,7 @@ def _planned(
                     adapter_dtype=adapter_dtype,
                 )
             except ShapeError as error:
-                limit = _limit(site, cls)
+                limit = largest_rank(site.module, site.parameter, cls)
                 if not isinstance(own_rank, Integral) or own_rank <= limit:
                     raise
                 small.append((named(name), limit, error))
@@ -147,12 +147,6 @@ def _planned(
     if small:
         raise _too_small(small)
     return plan
-
-
-def _limit(site: Site, cls: type[AdaptedLayer]) -> int:
-    """The largest rank of a Parameter."""
-    axes = cls.miss_host.axes[site.parameter]
-    return cls.miss_host.sizes(site.module, site.parameter)[axes[cls.miss_form.axis]]
 
 
 def _too_small(small: list[tuple[str, int, ShapeError]]) -> ShapeError:

@@ -32,14 +32,14 @@ class Place(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The Parameter's values."""
-        parameters: Any = self.layer._parameters
-        return parameters[self.parameter].detach()  # type: ignore[no-any-return]
+        weight: Any = self.layer._parameters[self.parameter]
+        return Tensor.detach(weight)
 
     @property
     def d(self) -> Tensor:
         """The values of D."""
-        parameters: Any = self.layer._parameters
-        return parameters[d_name(self.parameter)].detach()  # type: ignore[no-any-return]
+        d: Any = self.layer._parameters[d_name(self.parameter)]
+        return Tensor.detach(d)
 
     @property
     def base(self) -> Tensor | None:
@@ -194,7 +194,8 @@ def guard(tree: Tree) -> None:
             for key in ours:
                 del hooks[key]
         elif not ours:
-            module.register_load_state_dict_pre_hook(refuse_loading)  # type: ignore[no-untyped-call]
+            register: Any = module.register_load_state_dict_pre_hook  # torch gives it no types
+            register(refuse_loading)
 
 
 def _deltas(place: Place) -> Iterator[tuple[slice, Tensor]]:

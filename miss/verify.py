@@ -84,7 +84,7 @@ def _backward(output: Any) -> None:
     for tensor in _floating(output):
         total = total + tensor.sum().to("cpu", torch.float32)
     if total.requires_grad:
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 def _floating(output: Any) -> Iterator[Tensor]:

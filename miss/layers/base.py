@@ -202,7 +202,7 @@ class AdaptedLayer(_Mixin):
         """As in `nn.Module`; zero a D that ``to_empty`` or a move off meta left uninitialised."""
         names = [d_name(parameter) for parameter in self._miss_configs]
         was_meta = {name for name in names if getattr(self, name).is_meta}
-        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]  # torch: untyped
         # `to_empty` is known by its code object, not only by meta tensors: it visits a module with
         # two names twice, and the second time D is not on meta any more.
         emptied = getattr(fn, "__code__", None) in nn.Module.to_empty.__code__.co_consts

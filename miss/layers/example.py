@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from miss.errors import MissError, StateError, TargetError
 from miss.layers.base import AdaptedLayer
 from miss.layers.host import d_name
-from miss.layers.swap import new_adapter, swap_
+from miss.layers.swap import largest_rank, new_adapter, swap_
 
 __all__ = ["check_example"]
 
@@ -48,9 +48,8 @@ def _compare(layer: nn.Module, cls: type[AdaptedLayer], args: tuple[Any, ...]) -
     plain, adapted = copy.deepcopy(layer).eval(), copy.deepcopy(layer).eval()
     for parameter in cls.miss_host.axes:
         if plain._parameters.get(parameter) is not None:
-            shape = cls.miss_host.sizes(plain, parameter)
-            size = shape[cls.miss_host.axes[parameter][cls.miss_form.axis]]
-            swap_(new_adapter(adapted, parameter, cls, (size + 1) // 2))
+            rank = (largest_rank(plain, parameter, cls) + 1) // 2
+            swap_(new_adapter(adapted, parameter, cls, rank))
     if not isinstance(adapted, AdaptedLayer):
         expected = ", ".join(cls.miss_host.axes)
         raise StateError("the layer has no Parameter that the host names", expected=expected)
@@ -66,7 +65,8 @@ def _compare(layer: nn.Module, cls: type[AdaptedLayer], args: tuple[Any, ...]) -
         weight: Any = plain._parameters[parameter]
         weight.add_(delta.to(weight.dtype))
     want, got = plain(*_fresh(args)), adapted(*_fresh(args))
-    dtypes = {want.dtype, *(plain._parameters[p].dtype for p in adapted.miss_configs)}  # type: ignore[union-attr]
+    weights: Any = plain._parameters
+    dtypes = {want.dtype, *(weights[parameter].dtype for parameter in adapted.miss_configs)}
     bound = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * want.abs().max()
     if got.shape != want.shape or not (got - want).abs().max() <= bound:
         gap = "another shape" if got.shape != want.shape else f"{(got - want).abs().max():.3g}"

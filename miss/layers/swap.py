@@ -13,8 +13,8 @@ from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
 from miss.layers.host import Depth, base_name, d_name
 
-__all__ = ["Adapter", "attach", "drop_base", "keep_base", "new_adapter", "new_d", "swap_"]
-__all__ += ["swap_back_"]
+__all__ = ["Adapter", "attach", "drop_base", "keep_base", "largest_rank", "new_adapter", "new_d"]
+__all__ += ["swap_", "swap_back_"]
 
 
 class Adapter(NamedTuple):
@@ -25,6 +25,12 @@ class Adapter(NamedTuple):
     cls: type[AdaptedLayer]
     config: LayerConfig
     d: nn.Parameter
+
+
+def largest_rank(layer: nn.Module, parameter: str, cls: type[AdaptedLayer]) -> int:
+    """The length of the axis of a Parameter that a class's form shares."""
+    axes = cls.miss_host.axes[parameter]
+    return cls.miss_host.sizes(layer, parameter)[axes[cls.miss_form.axis]]
 
 
 def new_adapter(
