@@ -5,12 +5,13 @@ Each adapted weight has one trainable matrix, D.
 
 from miss import interop
 from miss.adapters import adapted_modules, adapter_parameters, disabled
-from miss.checkpoint import adapter_state_dict, combine, load, load_adapter_state_dict, save
+from miss.checkpoint import load, save
 from miss.errors import CheckpointError, MissError, ShapeError, StateError, TargetError
 from miss.inject import eject, inject
 from miss.layers import AdaptedLayer, Host, register
 from miss.layers.linear import MiSSeLinear, MiSSLinear
 from miss.merging import merge, unmerge
+from miss.state_dicts import adapter_state_dict, combine, load_adapter_state_dict
 from miss.summary import Summary, summary
 from miss.verify import verify
 

@@ -1,123 +1,33 @@
-"""Adapters as tensors and as files: take them out, put them back, save, load, add them up."""
+"""Adapters, and what is trained besides them, in one file."""
 
-import functools
 import importlib.metadata
 import os
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+import warnings
+from collections.abc import Iterable
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from miss import files
-from miss.errors import CheckpointError, StateError, at, named
-from miss.forms import Form, is_real
-from miss.layers.host import d_name
-from miss.layers.loading import KEY, about_of, check_form, metadata
+from miss import files, fingerprint
+from miss.errors import CheckpointError, at, named, some
+from miss.extra import extra_tensors, trained_names
+from miss.matching import Targets
 from miss.merging import places
-from miss.records import described, parse, record_of
-from miss.state import (
-    apply_,
-    check_fit,
-    check_keys,
-    copy_,
-    named_tensors,
-    own_adapters,
-    refuse_merged,
-)
-from miss.targets import Targets, modules_of
+from miss.records import Record, described, parse, record_of
+from miss.state import check_keys, fit, own_adapters, write_
 from miss.tensors import ADAPTER_DTYPES
 from miss.tree import Tree, joined
 
-__all__ = ["IncompatibleKeys", "adapter_state_dict", "combine", "load", "load_adapter_state_dict"]
-__all__ += ["save"]
+__all__ = ["load", "save"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class IncompatibleKeys(NamedTuple):
-    """The keys that `load_adapter_state_dict` left alone; both lists are empty if it is strict."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def adapter_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
-    """Copies of the adapters' tensors, by key: ``<module path>.miss_D``. It works merged or not.
-
-    Returns:
-        An OrderedDict in the order of `adapted_modules`. Each tensor has the shape, dtype and
-        device of its D. ``_metadata`` of the OrderedDict says the form of each layer.
-
-    Raises:
-        StateError: something shards the model; a D is no parameter of its own any more (pruned,
-            parametrized).
-
-    >>> from miss import inject
-    >>> state = adapter_state_dict(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4))
-    >>> {key: d.shape for key, d in state.items()}
-    {'0.miss_D': torch.Size([2, 4])}
-    """
-    with at("adapter_state_dict"):
-        tree = Tree(model)
-        tree.refuse_sharded()
-        state: OrderedDict[str, Tensor] = OrderedDict()
-        layers = vars(state)["_metadata"] = OrderedDict()
-        for place in places(own_adapters(tree)).values():
-            state[record_of(place).key] = place.d.clone()
-            about = {KEY: metadata(place.layer.miss_form, merged=False)}
-            layers[place.name] = about
-        return state
-
-
-def load_adapter_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True
-) -> IncompatibleKeys:
-    """Copy tensors into the adapters of a model, in place: all of them or, on an error, none.
-
-    Args:
-        model: an adapted model.
-        state: what `adapter_state_dict` or `combine` returned, on any device, with the shape and
-            dtype of each D. If it says the form of a layer, that is checked.
-        strict: the keys must be exactly those of the model. If False, missing and unexpected keys
-            are left alone and returned.
-
-    Returns:
-        ``(missing_keys, unexpected_keys)``.
-
-    Raises:
-        CheckpointError: a key is missing or unexpected; a tensor is of another form, shape or
-            dtype, is not finite, or has no elements.
-        StateError: the model is merged, something shards it, or a D cannot be written.
-
-    >>> from miss import inject
-    >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
-    >>> load_adapter_state_dict(model, {"0.miss_D": torch.ones(2, 4)})
-    IncompatibleKeys(missing_keys=[], unexpected_keys=[])
-    """
-    with at("load_adapter_state_dict"):
-        tree = Tree(model)
-        tree.refuse_sharded()
-        adapted = own_adapters(tree)
-        refuse_merged(adapted)
-        found = {record_of(place).key: place for place in places(adapted).values()}
-        missing = [key for key in found if key not in state]
-        unexpected = [key for key in state if key not in found]
-        if strict:
-            check_keys(missing, unexpected)
-        tensors = {key: tensor for key, tensor in state.items() if key in found}
-        for key in tensors:
-            with at(f"load_adapter_state_dict, {key}"):
-                _check_form(found[key].layer.miss_form, about_of(state, key))
-        slots: dict[str, Tensor] = {key: place.d for key, place in found.items()}
-        check_fit(tensors, slots)
-        copy_(tensors, slots)
-        return IncompatibleKeys(missing, unexpected)
-
-
-def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets | None = None) -> None:
     """Write the adapters of a model, and all that `load` needs to inject them again, to one file.
+
+    The file also holds all else that training changes, and a fingerprint of the base model, by
+    which `load` recognises another one: 64 values of each weight.
 
     The file is written beside ``path`` and then renamed. So ``path`` is always the old file or the
     new one, whatever happens.
@@ -126,15 +36,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
         model: an adapted model; it may be merged.
         path: ends in ``.safetensors`` (recommended; the extra ``files`` installs that package) or
             ``.pt``.
-        extra: modules, such as a new head, in the forms of `inject`'s ``targets``. Their parameters
-            and persistent buffers, and those of all that they contain, are written too.
+        extra: what is written besides adapters. None is all that training changes: the Parameters
+            that require grad, with the buffers of their modules; the running statistics of batch
+            norm; and the weight and bias of an adapted layer that is part of a task head, or that
+            ``from_pretrained`` made anew. ``()`` is nothing. Else modules and Parameters, as in
+            ``trainable`` of `inject`; a module stands for all that it contains, buffers included.
 
     Raises:
         StateError: the model has no adapter, or something shards it.
         TargetError: an ``extra`` matches nothing.
         CheckpointError: the suffix is another one; a tensor is not finite, has no elements, or is
-            not dense; an ``extra`` holds state that is no parameter or buffer; the file cannot be
-            written. What was at ``path`` is still there then.
+            not dense; a module to write holds state that is no parameter or buffer; the file cannot
+            be written. What was at ``path`` is still there then.
         ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
 
     >>> import tempfile
@@ -149,14 +62,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
         tree.refuse_sharded()
         tree.require_adapted()
         adapted = own_adapters(tree)
-        wanted = {id(module) for module in modules_of(tree, extra, "extra")}
+        others = extra_tensors(tree, extra)
     where = os.fspath(path)
     with at(where):
         files.check_path(path)
-        others: dict[str, Tensor] = {}
-        for name, module in tree.of_type(nn.Module).items():
-            if id(module) in wanted:
-                others |= _own_state(name, module)
         tensors, records = {}, {}
         for place in places(adapted).values():
             record = record_of(place)
@@ -170,30 +79,40 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets = ()) ->
             version = importlib.metadata.version("miss-torch")
         except importlib.metadata.PackageNotFoundError:  # imported from a folder
             version = "unknown"
+        base, values = fingerprint.taken(tree, others)
         about = {"version": version, "adapters": records, "extra": sorted(others)}
+        about |= {"trained": trained_names(tree, others), "base": base}
+        if values is not None:
+            tensors[fingerprint.KEY] = values
         files.write(where, tensors | others, about)
 
 
-def load(model: Model, path: str | os.PathLike[str]) -> Model:
+def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) -> Model:
     """Read a file that `save` wrote into a model, in place: all of it or, on an error, nothing.
 
     No code in the file is run. A model without adapters is injected as the file says, and frozen as
-    by `inject`, except for the extra modules. A model with adapters must have the same layers,
-    methods, ranks, scales, shapes and dtypes as the file. It keeps its own dropout.
+    by `inject`. A model with adapters must have the same layers, methods, ranks, scales and shapes
+    as the file. It keeps its own dropout. What was trained besides adapters requires grad again,
+    and so do task heads. Tensors of the file are cast to the model's dtypes if no value is rounded.
 
     Args:
         model: a base model, or an adapted one.
         path: ends in ``.safetensors`` or ``.pt``.
+        any_base: load adapters onto another base than the one that they were trained on.
 
     Returns:
         ``model`` itself.
 
     Raises:
         CheckpointError: the file is missing, damaged, of a newer format, or does not fit the model;
-            the message says why.
+            the weights of adapted layers are not those that the adapters were trained on, to the
+            coarser of both dtypes. The message says why.
         StateError: the model is merged, sharded, or wrapped by DistributedDataParallel, or a tensor
             of it cannot be written.
         ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
+
+    A `UserWarning` names other Parameters that differ from those of the file's base, such as a head
+    that was frozen at random values, or embeddings that have been resized.
     """
     with at("load"):
         tree = Tree(model)
@@ -203,7 +122,9 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     with at(where):
         files.check_path(path)
         tensors, about, intact = files.read(where)
-        records, extra = parse(about)
+        records, extra, trained = parse(about)
+        base, values = about.get("base", {}), tensors.pop(fingerprint.KEY, None)
+        fingerprint.check(base, values)
         expected = set(records) | extra
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         check_keys(missing, unexpected, "the file's own list")
@@ -215,84 +136,27 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
                 raise CheckpointError(rule, expected=shape, actual=actual)
         if not intact:
             raise CheckpointError("is damaged: its content does not match its checksum")
-        apply_(tree, records, tensors)
+        fitted = fit(tree, records, tensors)
+        differing = [] if any_base else fingerprint.differing(tree, base, values)
+        wrong, others = _by_adapter(tree, records.values(), differing)
+        if wrong:
+            rule = "the model has other weights than the base that the adapters were trained on"
+            do = "load it onto that base, or pass any_base=True"
+            raise CheckpointError(rule, actual=some(wrong), do=do)
+        if others:
+            text = f"{where}: its base, which it does not hold, had other values of {some(others)}"
+            warnings.warn(text, UserWarning, stacklevel=2)
+        write_(tree, fitted, trained)
     return model
 
 
-def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> OrderedDict[str, Tensor]:
-    """The weighted sum of adapters, in fp64, rounded at the end.
-
-    The delta is linear in D, so this is also the weighted sum of the deltas.
-
-    Args:
-        adapters: ``(state, weight)`` pairs, with states as `adapter_state_dict` returns them. The
-            states must have the same keys, shapes, dtypes and forms. They must come from layers of
-            the same ``scale``, which a state does not record and which is not checked.
-
-    Returns:
-        A new state, for `load_adapter_state_dict`, on the devices of the first.
-
-    Raises:
-        CheckpointError: there is no adapter; the states differ, and the message says in what; a
-            weight or the sum is not finite.
-
-    >>> one = {"0.miss_D": torch.tensor([[1.0, 2.0]])}
-    >>> two = {"0.miss_D": torch.tensor([[4.0, 0.0]])}
-    >>> dict(combine([(one, 0.5), (two, 2.0)]))
-    {'0.miss_D': tensor([[8.5000, 1.0000]])}
-    """
-    pairs = list(adapters)
-    with at("combine"):
-        if not pairs or not all(map(_is_pair, pairs)):
-            rule = "needs (state, weight) pairs, at least one"
-            raise CheckpointError(rule, actual=f"{pairs!r:.80}")
-        first = pairs[0][0]
-        known = all(d.dtype in ADAPTER_DTYPES for d in first.values() if isinstance(d, Tensor))
-        if not first or not known:
-            raise CheckpointError("a state must hold adapters, of a floating dtype")
-    for position, (state, weight) in enumerate(pairs):
-        with at(f"combine, adapter {position}"):
-            _check_term(state, weight, first)
-    total: OrderedDict[str, Tensor] = OrderedDict()
-    vars(total)["_metadata"] = getattr(first, "_metadata", OrderedDict()).copy()
-    for key, d in first.items():
-        terms = (float(weight) * s[key].detach().to("cpu", torch.float64) for s, weight in pairs)
-        total[key] = functools.reduce(torch.add, terms).to(d.device, d.dtype)
-    with at("combine, the sum"):
-        files.check_tensors(total)
-    return total
-
-
-def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Mapping)
-
-
-def _check_term(state: Mapping[str, Tensor], weight: float, first: Mapping[str, Tensor]) -> None:
-    if not is_real(weight):
-        raise CheckpointError("the weight must be a finite number", actual=repr(weight))
-    unexpected = [key for key in state if key not in first]
-    check_keys([key for key in first if key not in state], unexpected, "adapter 0")
-    check_fit(state, first)
-    for key in state:
-        theirs, ours = about_of(state, key), about_of(first, key)
-        if theirs and ours and theirs != ours:
-            rule = f"{key} is of another form than in adapter 0"
-            raise CheckpointError(rule, expected=ours, actual=theirs)
-
-
-def _check_form(form: type[Form], about: Mapping[str, Any]) -> None:
-    try:
-        check_form(form, about)
-    except StateError as error:
-        raise CheckpointError(error.rule, expected=error.expected, actual=error.actual) from None
-
-
-def _own_state(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of an extra module; raise a `CheckpointError` if it has other state."""
-    own = named_tensors(name, module)
-    state: dict[str, Any] = {}
-    module._save_to_state_dict(state, joined(name, ""), False)
-    ds = {joined(name, d_name(parameter)) for parameter in getattr(module, "miss_configs", ())}
-    if foreign := sorted(set(state) - set(own) - ds):
-        raise CheckpointError(f"extra holds state that is no parameter or buffer: {foreign[0]}")
-    return own
+def _by_adapter(
+    tree: Tree, records: Iterable[Record], names: list[str]
+) -> tuple[list[str], list[str]]:
+    """Which of ``names`` are Parameters that are adapted, and which are others."""
+    own: dict[str, Tensor | None] = {}
+    for name, module in tree.of_type(nn.Module).items():
+        own |= {joined(name, key): parameter for key, parameter in module._parameters.items()}
+    adapted = {id(tree.modules[r.module]._parameters[r.parameter]) for r in records}
+    adapters = [name for name in names if id(own.get(name)) in adapted]
+    return adapters, [name for name in names if name not in adapters]

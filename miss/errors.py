@@ -4,8 +4,10 @@ Each class also derives from the built-in that a caller would expect, so `except
 like keep working.
 """
 
+from collections.abc import Sequence
+
 __all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError"]
-__all__ += ["at", "merged_error", "named", "no_adapter_error"]
+__all__ += ["at", "merged_error", "named", "no_adapter_error", "some"]
 
 
 class MissError(Exception):
@@ -75,6 +77,12 @@ class at:  # noqa: N801  # it reads as a word: with at("encoder.0")
 def named(name: str) -> str:
     """The name of a module for messages and tables; ``"(model)"`` for the root's empty name."""
     return name or "(model)"
+
+
+def some(names: Sequence[str]) -> str:
+    """Up to five names for a message, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def merged_error(why: str) -> StateError:

@@ -5,7 +5,7 @@ from numbers import Integral
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from miss.errors import ShapeError, StateError, TargetError, at, merged_error, named
 from miss.forms import METHODS, check_adapter_dtype
@@ -19,9 +19,11 @@ from miss.layers import (
 )
 from miss.layers.host import d_name
 from miss.layers.swap import Adapter, largest_rank, new_adapter, swap_, swap_back_
+from miss.matching import Targets
 from miss.merging import bake_, check_mergeable, check_restorable, guard, places, restore_
 from miss.parents import place_hooks, read_weights, remove_hooks
-from miss.targets import Site, Targets, select
+from miss.targets import Site, select
+from miss.trained import besides, not_linear, unadapted_head, warn_of_frozen, warn_of_half
 from miss.tree import Tree, joined
 
 __all__ = ["SKIPPED", "adopt_all_", "candidates", "eject", "inject"]
@@ -59,7 +61,7 @@ def inject(
         targets: what to adapt. A `str` matches a whole dotted name or its last components
             (``"q_proj"``, ``"self_attn.q_proj"``). A `str` with ``*``, ``?`` or ``[`` is a glob
             over the whole name. ``"all-linear"`` is every linear layer, except the output head that
-            ``model.get_output_embeddings()`` returns and the modules in ``trainable``. A target can
+            ``model.get_output_embeddings()`` returns, task heads, and ``trainable``. A target can
             also be a compiled pattern, which must match the whole name, a module type, a
             ``callable(name, module) -> bool``, or an iterable of these. A `str` may also name a
             Parameter of two or more axes, by its whole name or at least by its module's name and
@@ -74,11 +76,13 @@ def inject(
         adapter_dtype: dtype of D; by default the weight's, or float32 if that is half precision.
         exclude: what not to adapt, in the forms of ``targets``. A module stands for all that it
             contains. ``exclude`` wins over ``targets``.
-        trainable: modules that are not frozen, such as a new head, in the forms of ``targets``. A
-            module stands for all that it contains. Their ``requires_grad`` flags stay as they are.
-        freeze: the first call on a model freezes every parameter outside adapters and
-            ``trainable``. A later call freezes only those of the layers that it adapts. False
-            changes no flag.
+        trainable: what else is trained, such as a new head: modules and Parameters, in the forms of
+            ``targets``; a `str` matches the names of both (``"*.bias"``). A module stands for all
+            that it contains. Their ``requires_grad`` flags go on, in a later call too.
+        freeze: the first call on a model freezes every Parameter outside adapters and
+            ``trainable``, except the heads that transformers' task classes add to a base model
+            (``BertForSequenceClassification`` and the like), which are trained. A later call
+            freezes only those of the layers that it adapts. False freezes nothing.
 
     Returns:
         ``model`` itself.
@@ -87,7 +91,11 @@ def inject(
         TargetError: a target matches nothing, or names what cannot be adapted.
         ShapeError: ``rank``, ``method``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its
             rule.
-        StateError: a match is adapted already, or DistributedDataParallel or FSDP wraps the model.
+        StateError: a match is adapted already; DistributedDataParallel or FSDP wraps the model; a
+            Parameter of ``trainable`` has no floating dtype.
+
+    A `UserWarning` names Parameters that are trained in half precision, and those that
+    ``from_pretrained`` made anew and that stay frozen.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> inject(model, "0", rank=4)[0]
@@ -100,9 +108,16 @@ def inject(
             expected, actual = " or ".join(map(repr, METHODS)), f"method={method!r}"
             raise ShapeError("unknown method", expected=expected, actual=actual)
         check_adapter_dtype(adapter_dtype)
-        found = select(tree, targets, candidates(tree), exclude=exclude, trainable=trainable)
+        beside = besides(tree, trainable)
+        left_out = not_linear(tree, beside)
+        found = select(tree, targets, candidates(tree), exclude=exclude, not_linear=left_out)
         plan = _planned(found.adapt, method, rank, scale, dropout, adapter_dtype)
-        adopt_all_(tree, plan, found.trainable, freeze)
+        layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
+        trained = beside.parameters | (unadapted_head(tree, layers) if freeze else {})
+        warn_of_half(trained)
+        first = INJECTED not in tree.root.__dict__
+        warn_of_frozen(tree, trained.values(), layers, freeze and first)
+        adopt_all_(tree, plan, trained.values(), freeze)
         for module, reason in found.skipped:
             module.__dict__[SKIPPED] = reason
         return model
@@ -170,12 +185,10 @@ def candidates(tree: Tree) -> dict[int, str | None]:
     return reasons
 
 
-def adopt_all_(
-    tree: Tree, plan: list[Adapter], trainable: Iterable[nn.Module], freeze: bool
-) -> None:
+def adopt_all_(tree: Tree, plan: list[Adapter], trained: Iterable[Tensor], freeze: bool) -> None:
     """Set flags, classes and hooks: the part of `inject` that changes the model and cannot fail."""
     if freeze:
-        kept = {id(p) for module in trainable for p in module._parameters.values()}
+        kept: set[int] = set()
         for layer in tree.adapted.values():
             kept |= {id(layer._parameters.get(d_name(p))) for p in layer.miss_configs}
         later = INJECTED in tree.root.__dict__
@@ -183,6 +196,8 @@ def adopt_all_(
             for parameter in module.parameters():
                 if id(parameter) not in kept:
                     parameter.requires_grad = False  # a lazy parameter has no requires_grad_()
+    for tensor in trained:
+        tensor.requires_grad = True
     tree.root.__dict__[INJECTED] = True
     for adapter in plan:
         swap_(adapter)

@@ -10,7 +10,7 @@ from miss.layers.linear import LinearHost
 from miss.merging import Place
 from miss.tree import joined
 
-__all__ = ["Record", "described", "parse", "record_of"]
+__all__ = ["About", "Record", "described", "parse", "record_of"]
 
 
 class Record(NamedTuple):
@@ -38,9 +38,18 @@ def described(record: Record) -> dict[str, Any]:
     return module | record.config.fields()
 
 
-def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
-    """The records of a file's description and its extra keys; every field is checked."""
+class About(NamedTuple):
+    """A file's description: adapters and other tensors by key, and which of these are trained."""
+
+    records: dict[str, Record]
+    extra: set[str]
+    trained: set[str]
+
+
+def parse(about: dict[str, Any]) -> About:
+    """A file's description of its adapters and extra tensors; every field is checked."""
     adapters, extra = about.get("adapters"), about.get("extra")
+    trained = about.get("trained", extra)  # format 1 holds what is trained alone
     if about["format"] == 1:
         modules = about.get("modules")
         adapters = _of_format_1(modules) if isinstance(modules, dict) else None
@@ -48,6 +57,8 @@ def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
         raise CheckpointError("its metadata lists no adapted modules")
     if not isinstance(extra, list) or not all(isinstance(key, str) for key in extra):
         raise CheckpointError("its metadata lists no extra tensors")
+    if not isinstance(trained, list) or any(key not in extra for key in trained):
+        raise CheckpointError("its metadata lists trained tensors that are none of its extra ones")
     records = {}
     for key, fields in adapters.items():
         rule = f"metadata of {key!r}: not the settings of an adapter"
@@ -61,7 +72,7 @@ def parse(about: dict[str, Any]) -> tuple[dict[str, Record], set[str]]:
         if record.key != key or not isinstance(record.module, str):
             raise CheckpointError(rule, expected=f"those of {record.key}")
         records[key] = record
-    return records, set(extra)
+    return About(records, set(extra), set(trained))
 
 
 def _of_format_1(modules: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Put an adapter's tensors into a model: check all of them, then write all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,24 @@ from miss.layers.host import base_name, d_name
 from miss.layers.swap import Adapter, new_d
 from miss.merging import places
 from miss.records import Record, record_of
-from miss.tensors import unwritable
+from miss.tensors import can_be_trained, same, unwritable
+from miss.trained import unadapted_head
 from miss.tree import Tree, joined
 
-__all__ = ["apply_", "check_fit", "check_keys", "copy_", "named_tensors", "own_adapters"]
-__all__ += ["refuse_merged"]
+__all__ = ["Fit", "check_fit", "check_keys", "copy_", "fit", "named_tensors", "own_adapters"]
+__all__ += ["refuse_merged", "write_"]
 
 
-def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
-    """Put adapters and other tensors into a model, injecting if it has no adapter; all or nothing.
+class Fit(NamedTuple):
+    """Tensors that fit a model: by key, each and where it goes, and the adapters to inject."""
+
+    tensors: Mapping[str, Tensor]
+    slots: Mapping[str, Tensor]
+    plan: list[Adapter]
+
+
+def fit(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> Fit:
+    """Check adapters and other tensors against a model, which is not changed.
 
     Args:
         tree: a base model, or one with the same adapters.
@@ -31,7 +41,7 @@ def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tens
 
     Raises:
         CheckpointError: a record or a tensor does not fit the model.
-        StateError: the model is merged, or a tensor of it cannot be written.
+        StateError: the model is merged.
     """
     adapted = own_adapters(tree)
     refuse_merged(adapted)
@@ -42,16 +52,32 @@ def apply_(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tens
     else:
         plan = _plan(tree, records, tensors)
         slots = dict(zip(records, (adapter.d for adapter in plan)))
-    owners = []
     for name, module in tree.of_type(nn.Module).items():
-        others = {k: tensor for k, tensor in named_tensors(name, module).items() if k in tensors}
-        owners += [module] if others else []
-        slots |= others
+        named_ones = named_tensors(name, module)
+        slots |= {key: tensor for key, tensor in named_ones.items() if key in tensors}
     check_keys([], sorted(set(tensors) - set(slots)))
     check_fit(tensors, slots)
+    return Fit(tensors, slots, plan)
+
+
+def write_(tree: Tree, fitted: Fit, trained: Iterable[str]) -> None:
+    """Put what `fit` has checked into the model, injecting if it has no adapter; all or nothing.
+
+    A model that is injected is frozen, as by `miss.inject`. The Parameters ``trained`` and those of
+    heads are switched on, in any model.
+
+    Raises:
+        CheckpointError: two tensors differ that are one in the model.
+        StateError: a tensor of the model cannot be written.
+    """
+    tensors, slots, plan = fitted
     copy_(tensors, slots)
-    if plan:
-        adopt_all_(tree, plan, owners, freeze=True)
+    layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
+    on = list(unadapted_head(tree, layers).values())
+    for key in trained:
+        slot = slots[key]
+        on += [slot] if isinstance(slot, nn.Parameter) and can_be_trained(slot) else []
+    adopt_all_(tree, plan, on, freeze=bool(plan))
 
 
 def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
@@ -99,13 +125,21 @@ def check_keys(missing: list[str], unexpected: list[str], against: str = "the mo
 
 
 def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
-    """Check each tensor against the one that it replaces or is added to."""
+    """Check each tensor against the one that it replaces: same shape, and no value is rounded."""
     files.check_tensors(tensors)
     for key, tensor in tensors.items():
-        expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slots[key], tensor))
-        if expected != actual:
-            rule = f"{key} has another shape or dtype"
+        slot = slots[key]
+        expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slot, tensor))
+        if tensor.shape != slot.shape:
+            rule = f"{key} has another shape"
             raise CheckpointError(rule, expected=expected, actual=actual)
+        if tensor.dtype != slot.dtype and not same(tensor.to(slot.dtype).to(tensor.dtype), tensor):
+            rule = f"{key} has another dtype, and its values would be rounded"
+            do = (
+                f"give the model's tensor the dtype {tensor.dtype} (a D has it if the model has no "
+            )
+            do += f"adapters yet), or round the values yourself with .to({slot.dtype})"
+            raise CheckpointError(rule, expected=expected, actual=actual, do=do)
 
 
 def copy_(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:

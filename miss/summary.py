@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from miss.errors import named
 from miss.inject import SKIPPED
+from miss.layers import looks_linear
 from miss.layers.host import d_name
 from miss.merging import Place, places
 from miss.tensors import numel
@@ -41,6 +42,9 @@ class Summary:
     adapted_base: int  #: the parameters of the adapted layers, without D
     other_trainable: dict[str, int]  #: module with trainable parameters besides D -> how many
     skipped: dict[str, str]  #: layer that a target matched and that could not be adapted -> why
+    #: large frozen weight outside of linear and adapted layers, such as stacked experts or
+    #: embeddings -> how many; large is a thousandth of the base model
+    unreached: dict[str, int]
 
     @property
     def percent(self) -> float:
@@ -73,6 +77,8 @@ class Summary:
             lines.append(f"also trainable: {named(name)} ({number:,})")
         for name, reason in self.skipped.items():
             lines.append(f"skipped: {named(name)} {reason}")
+        for name, number in self.unreached.items():
+            lines.append(f"no adapter reaches: {name} ({number:,})")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -113,15 +119,29 @@ def summary(model: nn.Module) -> Summary:
             others[name] = _count(trained)
         if SKIPPED in module.__dict__:
             skipped[name] = module.__dict__[SKIPPED]
+    total, adapter = _count(every.values()), _count(own.values())
     return Summary(
         layers=tuple(_layer(name, place) for name, place in places(adapted).items()),
-        total=_count(every.values()),
+        total=total,
         trainable=_count(p for p in every.values() if p.requires_grad),
-        adapter=_count(own.values()),
+        adapter=adapter,
         adapted_base=_count(p for key, p in base.items() if key not in own),
         other_trainable=others,
         skipped=skipped,
+        unreached=_unreached(tree, set(base), (total - adapter) / 1000),
     )
+
+
+def _unreached(tree: Tree, reached: set[int], least: float) -> dict[str, int]:
+    """The frozen weights of at least ``least`` elements that no linear or adapted layer holds."""
+    found: dict[str, int] = {}
+    for weights in tree.weights.values():
+        for name, module, weight in weights:
+            large = numel(weight) >= least and not weight.requires_grad
+            if large and id(weight) not in reached and not looks_linear(module):
+                reached.add(id(weight))
+                found[name] = numel(weight)
+    return dict(sorted(found.items()))
 
 
 def _layer(name: str, place: Place) -> LayerSummary:

@@ -1,27 +1,20 @@
 """Resolve ``targets`` to the modules and Parameters of a model. Nothing is changed."""
 
-import difflib
-import fnmatch
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Container, Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from miss import matching
 from miss.errors import TargetError, at, named
-from miss.layers import looks_linear, parameters_of, path_of
+from miss.layers import AdaptedLayer, looks_linear, parameters_of, path_of
+from miss.layers.host import d_name
+from miss.matching import ALL_LINEAR, FORMS, Hits, Target, Targets
 from miss.tensors import has_two_axes
 from miss.tree import Tree, joined
 
-__all__ = ["Selection", "Site", "Target", "Targets", "modules_of", "select"]
-
-Target: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
-Targets: TypeAlias = "Target | Iterable[Target]"
-Matcher: TypeAlias = Callable[[str, nn.Module], bool]
-
-ALL_LINEAR = "all-linear"
-FORMS = "a str, compiled pattern, module type, callable(name, module), or an iterable of these"
+__all__ = ["Chosen", "Selection", "Site", "chosen", "select"]
 
 
 class Site(NamedTuple):
@@ -33,19 +26,20 @@ class Site(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What `select` found: what to adapt, what was passed over and why, ``trainable`` modules."""
+    """What `select` found: what to adapt, and what was passed over and why."""
 
     adapt: list[Site]
     skipped: list[tuple[nn.Module, str]]
-    trainable: list[nn.Module]
 
 
-class Hits(NamedTuple):
-    """What one target matches: modules by id, and full names of Parameters by (module id, name)."""
+class Chosen(NamedTuple):
+    """What `chosen` found, by full first names: modules, and all Parameters, also of the modules.
 
-    modules: dict[int, nn.Module]
-    parameters: dict[tuple[int, str], str]
-    left: dict[str, int]  # Parameters whose last component is the target; the ids of their modules
+    No D is among the Parameters.
+    """
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, Tensor]
 
 
 def select(
@@ -54,7 +48,7 @@ def select(
     candidates: Mapping[int, str | None],
     *,
     exclude: Targets = (),
-    trainable: Targets = (),
+    not_linear: Container[int],
 ) -> Selection:
     """Resolve ``targets``, sorted by name; `miss.inject` says what each form of target matches.
 
@@ -62,13 +56,13 @@ def select(
         tree: the model.
         targets: one target or an iterable of them.
         candidates: by id, why a module that looks adaptable cannot be adapted; None if it can.
-        exclude, trainable: in the forms of ``targets``; a module stands for all that it contains.
+        exclude: in the forms of ``targets``; a module stands for all that it contains.
+        not_linear: the ids of modules that ``"all-linear"`` leaves out.
 
     Raises:
         TargetError: a target is malformed or matches nothing; a plain string matches what cannot be
             adapted; nothing is left to adapt.
     """
-    trained = modules_of(tree, trainable, "trainable")
     excluded, excluded_parameters = _excluded(tree, exclude)
 
     def left_out(key: int, parameter: str) -> bool:
@@ -76,20 +70,20 @@ def select(
 
     adapt: dict[tuple[int, str], Site] = {}
     skipped: dict[int, tuple[nn.Module, str]] = {}
-    wanted = _listed(targets, "targets")
+    wanted = matching.listed(targets, "targets")
     if not wanted:
         with at("targets"):
             raise TargetError("must name at least one module", expected=FORMS, actual=repr(targets))
     for target in wanted:
-        hits = _hits(tree, target, tree.head | {id(module) for module in trained})
+        hits = matching.hits(tree, target, not_linear)
         refused = {key: why for key in hits.modules if (why := candidates.get(key)) is not None}
         meant = [key for key in refused if key not in excluded]
-        if meant and _is_plain(target):
+        if meant and matching.is_plain(target):
             with at(named(tree.first[meant[0]])):
                 raise TargetError(f"{refused[meant[0]]} (target {target!r})")
         sites = _sites(tree, target, hits, candidates, left_out)
         if not sites:
-            with at(f"target {_shown(target)}"):
+            with at(f"target {matching.shown(target)}"):
                 raise _no_match(target, tree, candidates, hits, refused)
         for site in sites:
             key = id(site.module), site.parameter
@@ -105,23 +99,50 @@ def select(
             rule = "nothing is left to adapt: exclude covers all that targets match"
             raise TargetError(rule, actual=f"targets={targets!r}, exclude={exclude!r}")
     sites = sorted(adapt.values(), key=lambda site: (site.name, site.parameter))
-    return Selection(sites, list(skipped.values()), trained)
+    return Selection(sites, list(skipped.values()))
 
 
-def modules_of(tree: Tree, targets: Targets, argument: str) -> list[nn.Module]:
-    """The modules that ``targets`` match, and all that these contain.
+def chosen(tree: Tree, targets: Targets, argument: str) -> Chosen:
+    """The modules that ``targets`` match, all that these contain, and the Parameters they match.
 
-    A `TargetError` names the ``argument`` if a target is malformed or matches nothing.
+    Here a string or glob matches the name of a module or of a Parameter, whatever its axes.
+
+    Raises:
+        TargetError: a target is malformed or matches nothing; it names the ``argument``.
     """
     tops: list[nn.Module] = []
-    names = [entry.name for entry in tree.entries if entry.name]
-    for target in _listed(targets, argument):
-        hits = _hits(tree, target, tree.head)
-        if not hits.modules:
+    own = _parameters(tree)
+    found: dict[str, Tensor] = {}
+    for target in matching.listed(targets, argument):
+        hits = matching.hits(tree, target, tree.head)
+        named_ones = {}
+        if isinstance(target, str) and target != ALL_LINEAR:
+            named_ones = {name: p for name, p in own.items() if matching.fits(target, name)}
+        if not hits.modules and not named_ones:
+            names = [entry.name for entry in tree.entries if entry.name]
             with at(argument):
-                raise _unknown_name(target, names, f"{_shown(target)} ")
+                shown = f"{matching.shown(target)} "
+                raise matching.unknown_name(target, [*names, *own], shown)
         tops += hits.modules.values()
-    return list(tree.inside(tops).values())
+        found |= named_ones
+    modules = {tree.first[key]: module for key, module in tree.inside(tops).items()}
+    for name, module in modules.items():
+        for key in module._parameters:
+            if (full := joined(name, key)) in own:
+                found[full] = own[full]
+    return Chosen(modules, found)
+
+
+def _parameters(tree: Tree) -> dict[str, Tensor]:
+    """Every Parameter except D, by full name; a module's under its first name."""
+    found: dict[str, Tensor] = {}
+    for name, module in tree.of_type(nn.Module).items():
+        configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
+        ds = set(map(d_name, configs))
+        for key, parameter in module._parameters.items():
+            if parameter is not None and key not in ds:
+                found[joined(name, key)] = parameter
+    return found
 
 
 def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, str]]]:
@@ -129,32 +150,16 @@ def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, st
     tops: list[nn.Module] = []
     names = [entry.name for entry in tree.entries if entry.name]
     parameters: set[tuple[int, str]] = set()
-    for target in _listed(exclude, "exclude"):
-        hits = _hits(tree, target, tree.head)
+    for target in matching.listed(exclude, "exclude"):
+        hits = matching.hits(tree, target, tree.head)
         if not hits.modules and not hits.parameters:
             with at("exclude"):
                 if hits.left:
-                    raise _only_parameters(target, list(hits.left))
-                raise _unknown_name(target, names, f"{_shown(target)} ")
+                    raise matching.only_parameters(target, list(hits.left))
+                raise matching.unknown_name(target, names, f"{matching.shown(target)} ")
         tops += hits.modules.values()
         parameters |= set(hits.parameters)
     return set(tree.inside(tops)), parameters
-
-
-def _hits(tree: Tree, target: Target, not_linear: set[int]) -> Hits:
-    """What a target matches, adaptable or not; ``"all-linear"`` leaves ``not_linear`` out."""
-    matches = _matcher(target, not_linear)
-    modules = {id(e.module): e.module for e in tree.entries if matches(e.name, e.module)}
-    parameters: dict[tuple[int, str], str] = {}
-    left: dict[str, int] = {}
-    if isinstance(target, str) and _is_plain(target):
-        for full, module, parameter in tree.weights.get(target.rpartition(".")[2], ()):
-            same = full == target and ("." in target or not modules)
-            if same or ("." in target and full.endswith(f".{target}")):
-                parameters.setdefault((id(module), _first_key(module, parameter)), full)
-            elif "." not in target and id(module) not in modules:
-                left[full] = id(module)
-    return Hits(modules, parameters, left)
 
 
 def _sites(
@@ -185,48 +190,6 @@ def _sites(
     return sites
 
 
-def _first_key(module: nn.Module, parameter: Tensor) -> str:
-    """The first name of a Parameter in its module."""
-    return next(key for key, p in module._parameters.items() if p is parameter)
-
-
-def _listed(targets: Targets, argument: str) -> list[Target]:
-    """``targets`` as a list, each item checked to be of a known form."""
-    items: list[Any] = [targets]
-    if isinstance(targets, Iterable) and not isinstance(targets, str) and not callable(targets):
-        items = list(targets)
-    for item in items:
-        known = isinstance(item, str)
-        known |= isinstance(item, re.Pattern) and isinstance(item.pattern, str)
-        if isinstance(item, type):
-            known = issubclass(item, nn.Module)
-        elif callable(item):
-            known = not isinstance(item, nn.Module)
-        if not known:
-            with at(argument):
-                raise TargetError("unknown form of target", expected=FORMS, actual=repr(item))
-    return items
-
-
-def _is_plain(target: Target) -> bool:
-    return isinstance(target, str) and target != ALL_LINEAR and not set(target) & set("*?[")
-
-
-def _matcher(target: Target, not_linear: set[int]) -> Matcher:
-    """``target`` as a test of (name, module)."""
-    if isinstance(target, type):
-        return lambda name, module: isinstance(module, target)
-    if isinstance(target, re.Pattern):
-        return lambda name, module: target.fullmatch(name) is not None
-    if not isinstance(target, str):
-        return target
-    if target == ALL_LINEAR:
-        return lambda name, module: looks_linear(module) and id(module) not in not_linear
-    if _is_plain(target):
-        return lambda name, module: name == target or name.endswith(f".{target}")
-    return lambda name, module: fnmatch.fnmatchcase(name, target)
-
-
 def _no_match(
     target: Target,
     tree: Tree,
@@ -249,9 +212,11 @@ def _no_match(
         own = f"; their Parameters are {', '.join(map(repr, held[:5]))}" if held else ""
         rule = "matches no torch.nn.Linear and no layer of a registered type"
         do = "miss.register(type, host), for a type of your own"
-        return TargetError(rule, expected=_nearest(target, names), actual=kinds + own, do=do)
+        return TargetError(
+            rule, expected=matching.nearest(target, names), actual=kinds + own, do=do
+        )
     if hits.left:
-        return _only_parameters(target, list(hits.left))
+        return matching.only_parameters(target, list(hits.left))
     if target == ALL_LINEAR and names:
         rule = "matches nothing: it leaves out the output head and what trainable names"
         return TargetError(rule, actual=f"linear layers: {', '.join(map(repr, names[:5]))}")
@@ -260,39 +225,7 @@ def _no_match(
         kinds = ", ".join(sorted({type(module).__name__ for module in others}))
         kinds = f"linear layers that cannot be adapted: {kinds}"
         return TargetError("matches nothing", actual=kinds)
-    return _unknown_name(target, names)
-
-
-def _only_parameters(target: Target, left: list[str]) -> TargetError:
-    """The error of a target that only Parameters end in, and no module."""
-    longer = dict.fromkeys(".".join(full.split(".")[-2:]) for full in left)
-    rule = "matches no module; it is the last part of the names of Parameters"
-    do = f"write {' or '.join(map(repr, list(longer)[:5]))} to mean the Parameter"
-    return TargetError(rule, actual=", ".join(left[:5]), do=do)
-
-
-def _unknown_name(target: Target, names: list[str], shown: str = "") -> TargetError:
-    """The error of a target that no name fits; ``shown`` is the target if the place lacks it."""
-    expected = _nearest(target, names) or "a model with a torch.nn.Linear or a registered type"
-    if isinstance(target, str) and set(target) & set("(|\\$"):
-        rule = f"{shown}matches nothing; a string is no regular expression"
-        return TargetError(rule, expected=expected, do=f"re.compile({target!r})")
-    return TargetError(f"{shown}matches nothing", expected=expected)
-
-
-def _shown(target: Target) -> str:
-    return target.__name__ if isinstance(target, type) else repr(target)
-
-
-def _nearest(target: Target, names: list[str]) -> str | None:
-    """A hint for a mistyped target: the nearest names or endings of names; else some names."""
-    pattern = target.pattern if isinstance(target, re.Pattern) else target
-    near: list[str] = []
-    if isinstance(pattern, str):
-        depth = pattern.count(".") + 1
-        endings = [".".join(name.split(".")[-depth:]) for name in names]
-        choices = dict.fromkeys([ALL_LINEAR, *endings, *names])
-        near = difflib.get_close_matches(pattern, choices, n=3)
-    if near:
-        return f"a name in the model: did you mean {' or '.join(map(repr, near))}?"
-    return f"a name in the model, such as {', '.join(map(repr, names[:5]))}" if names else None
+    weights: list[str] = []
+    for held_under in tree.weights.values():
+        weights += [full for full, module, _ in held_under if not looks_linear(module)]
+    return matching.unknown_name(target, names, weights=weights)

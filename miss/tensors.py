@@ -7,8 +7,18 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ADAPTER_DTYPES", "Owners", "contiguous", "has_two_axes", "is_data", "is_dtensor"]
-__all__ += ["is_lazy", "is_managed", "is_ordinary", "largest", "numel", "owners", "positions"]
+__all__ = ["ADAPTER_DTYPES", "Owners", "can_be_trained", "contiguous", "has_two_axes"]
+__all__ += [
+    "is_data",
+    "is_dtensor",
+    "is_lazy",
+    "is_managed",
+    "is_ordinary",
+    "largest",
+    "numel",
+    "owners",
+    "positions",
+]
 __all__ += ["same", "tied_to", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,6 +75,11 @@ def unwritable(tensor: Tensor) -> str | None:
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         return "has elements that share memory (expand?)"
     return None
+
+
+def can_be_trained(parameter: Tensor) -> bool:
+    """Whether a Parameter can require grad."""
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def has_two_axes(tensor: Tensor | None) -> TypeGuard[Tensor]:

@@ -154,9 +154,12 @@ def test_extra_modules_come_back_with_their_buffers(
         (lambda m: setattr(m, "head", nn.Identity()), r"7 unexpected: head\.0\.bias"),
         (
             lambda m: m.head.__setitem__(1, nn.Linear(6, 4)),
-            r"head.1.* has another shape or dtype\n  expected: \(4",
+            r"head.1.* has another shape\n  expected: \(4",
         ),
-        (lambda m: m.head.double(), r"head.* has another shape or dtype\n  expected: .*float64"),
+        (
+            lambda m: m.head.half(),
+            r"head.* would be rounded\n.*float16\n  actual: .*float32\n  do: .*\.to\(torch\.float16\)",
+        ),
         (
             lambda m: m.encoder.__setitem__(2, nn.Linear(6, 5)),
             r"the weight of module 'encoder.2' has another shape",
@@ -176,8 +179,8 @@ def test_extra_modules_come_back_with_their_buffers(
         (lambda m: inject(m, "encoder.*", rank=2, method="miss"), "the method of 'encoder.0'"),
         (lambda m: inject(m, "encoder.*", rank=2, scale=2.0), "the scale of 'encoder.0'"),
         (
-            lambda m: inject(m, "encoder.*", rank=2, adapter_dtype=torch.float64),
-            "encoder.0.miss_D has another shape or dtype",
+            lambda m: inject(m, "encoder.*", rank=2, adapter_dtype=torch.bfloat16),
+            "encoder.0.miss_D has another dtype, and its values would be rounded",
         ),
         (lambda m: m.encoder[2].to("meta"), "encoder.2.miss_D of the model is on the meta device"),
         (lambda m: m.head[1].to("meta"), "head.1.bias of the model is on the meta device"),
@@ -211,11 +214,15 @@ def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: path
     model.counted, model.empty = Stateful(2, 2), nn.Linear(2, 2)
     model.empty.weight = nn.Parameter(torch.zeros(0))
     for extra, message in (
-        ("counted", "no parameter or buffer: counted._extra_state"),
+        ("counted", "counted: holds state that is no Parameter or buffer: counted._extra_state"),
         ("empty", "empty.weight has no elements"),
     ):
         with pytest.raises(CheckpointError, match=message):
             save(model, path, extra=extra)
+    with pytest.raises(CheckpointError, match=r"counted._extra_state\n  do: .*extra=\(\)"):
+        save(model, path)  # it requires grad, so it may have been trained
+    model.counted.requires_grad_(False)
+    model.empty.requires_grad_(False)
     with pytest.raises(TargetError, match=r"extra: 'haed' matches nothing\n.*'head'"):
         save(model, path, extra="haed")
     with pytest.raises(StateError, match="the model has no adapter"):

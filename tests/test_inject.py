@@ -208,10 +208,14 @@ def test_freezing():
     assert now - flags == {"layers.0.mlp.0.miss_D", "layers.0.mlp.2.weight", "layers.0.mlp.2.bias"}
     free = inject(Decoder(), "q_proj", rank=2, freeze=False)
     assert all(p.requires_grad for p in free.parameters())
-    frozen = Decoder()
-    frozen.layers[0].norm.bias.requires_grad_(False)
+    frozen = Decoder().requires_grad_(False)
     inject(frozen, "q_proj", rank=2, trainable="norm")
-    assert not frozen.layers[0].norm.bias.requires_grad
+    for trainable, name in (("*.2.bias", "layers.0.mlp.2.bias"), ("embed.weight", "embed.weight")):
+        inject(frozen, "k_proj" if name == "embed.weight" else "v_proj", rank=2, trainable=trainable)
+        assert frozen.get_parameter(name).requires_grad  # switched on in later calls too
+    on = {name for name, p in frozen.named_parameters() if p.requires_grad and "miss_D" not in name}
+    norms = {f"layers.{i}.norm.{key}" for i in (0, 1) for key in ("weight", "bias")}
+    assert on == norms | {"layers.0.mlp.2.bias", "layers.1.mlp.2.bias", "embed.weight"}
 
 
 def test_the_first_call_freezes_whatever_is_in_the_model_before():

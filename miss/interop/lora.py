@@ -5,16 +5,18 @@ import os
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miss.errors import at
+from miss.errors import StateError, at, some
+from miss.extra import extra_tensors
 from miss.functional import scaled
 from miss.interop import peft_files
+from miss.matching import Targets
 from miss.merging import places
 from miss.tree import Tree
 
 __all__ = ["save"]
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, directory: str | os.PathLike[str], extra: Targets | None = None) -> None:
     """Write the adapters as a LoRA directory that PEFT and vLLM load.
 
     The files are ``adapter_config.json`` and ``adapter_model.safetensors``. MiSSe becomes ``B = D``
@@ -22,26 +24,39 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     ``o`` lies in shard ``k``, else 0. So nothing is decomposed and nothing is lost. vLLM needs one
     rank for all modules, so if ranks differ, the factors are padded with zeros to the largest.
     ``lora_alpha`` is ``scale * r``. If scales differ, it is ``r``, and each D is multiplied by its
-    scale in fp32 and rounded once. What was trained besides the adapters is not written.
+    scale in fp32 and rounded once.
 
     Args:
         model: an adapted model; not changed.
         directory: made if it is missing; the two files in it are replaced.
+        extra: what is written besides adapters, as ``modules_to_save``: modules and Parameters as
+            in `miss.save`, or ``()`` for nothing. Most readers of LoRA, such as vLLM, refuse
+            ``modules_to_save``. So None raises if anything is trained besides adapters.
 
     Raises:
         StateError: the model has no adapter, something shards it, or it is itself an adapted layer,
             which has no module path; an adapted layer has two names, of which PEFT would adapt one,
-            or is of a registered type.
+            or is of a registered type; something is trained besides adapters, and ``extra`` is
+            None.
         CheckpointError: a D is not finite, or the files cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
+
+    A `UserWarning` names running statistics that are not written.
     """
     with at("save"):
         tree = Tree(model)
-        found = places(peft_files.adapted(tree))
+        adapted = peft_files.adapted(tree)
+        found = places(adapted)
+        modules, besides = peft_files.saved_modules(tree, adapted, extra_tensors(tree, extra))
+        if extra is None and besides:
+            rule = "something is trained besides adapters, and most readers of LoRA refuse it"
+            do = "extra=() leaves it out; extra=[...] writes these modules, for PEFT; miss.save "
+            do += "writes all"
+            raise StateError(rule, actual=some(sorted(besides)), do=do)
     rank = max(place.config.rank for place in found.values())
     scales = {place.config.scale for place in found.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"{peft_files.PREFIX}{k}": t for k, t in besides.items()}
     for name, place in found.items():
         config = place.config
         d = scaled(place.d, 1 if config.scale == scale else config.scale, place.d.dtype)
@@ -50,6 +65,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors[f"{key}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - a.shape[0]))
         tensors[f"{key}.lora_B.weight"] = F.pad(b, (0, rank - b.shape[1]))
     config_json = peft_files.base_config(tree, found) | {
+        "modules_to_save": modules or None,
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": scale * rank,

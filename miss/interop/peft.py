@@ -10,14 +10,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from miss.errors import CheckpointError, StateError, at
+from miss.extra import extra_tensors
 from miss.forms import LayerConfig, MiSSe, MiSSeMini
 from miss.functional import scaled
 from miss.interop import peft_config, peft_files
 from miss.layers import path_of
 from miss.layers.linear import LinearHost
+from miss.matching import Targets
 from miss.merging import places
 from miss.records import Record
-from miss.state import apply_, check_keys, own_adapters, refuse_merged
+from miss.state import check_keys, fit, own_adapters, refuse_merged, write_
 from miss.tensors import ADAPTER_DTYPES
 from miss.tree import Tree
 
@@ -26,28 +28,33 @@ __all__ = ["load", "save"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, directory: str | os.PathLike[str], extra: Targets | None = None) -> None:
     """Write the adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
 
     PEFT's default form is MiSSe at scale 1 and one rank. ``miss_block`` is D transposed:
     ``(r, out)``, or ``(r, mini_r)`` in the mini form. PEFT has no scale: if a layer's scale is not
-    1, D is multiplied by it in fp32 and rounded. What was trained besides the adapters is not
-    written: `miss.save` has ``extra`` for that.
+    1, D is multiplied by it in fp32 and rounded. What is trained besides adapters becomes
+    ``modules_to_save``, in which PEFT keeps whole modules.
 
     Args:
         model: an adapted model; not changed.
         directory: made if it is missing; the two files in it are replaced.
+        extra: what is written besides adapters, as in `miss.save`.
 
     Raises:
         StateError: the model has no adapter, something shards it, or it is itself an adapted layer;
             PEFT has no form for its adapters: a `MiSSLinear`, a layer of a registered type or with
-            two names, layers of several ranks or dropouts.
+            two names, layers of several ranks or dropouts; a Parameter that is trained besides
+            adapters and whose module holds adapters.
         CheckpointError: a D is not finite, or the files cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
+
+    A `UserWarning` names running statistics that the directory cannot hold.
     """
     with at("save"):
         tree = Tree(model)
-        found = places(peft_files.adapted(tree))
+        adapted = peft_files.adapted(tree)
+        found = places(adapted)
         for name, place in found.items():
             if place.config.form.peft is None:
                 with at(name):
@@ -64,11 +71,14 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             actual = ", ".join(map(str, sorted(settings)))
             raise StateError(rule, actual=f"(rank, mini_r, dropout): {actual}")
         ((rank, rows, dropout),) = settings
-    tensors = {}
+        others = extra_tensors(tree, extra)
+        modules, besides = peft_files.saved_modules(tree, adapted, others)
+    tensors = {f"{peft_files.PREFIX}{key}": tensor for key, tensor in besides.items()}
     for name, place in found.items():
         d = scaled(place.d, place.config.scale, place.d.dtype)
         tensors[f"{peft_files.PREFIX}{name}{peft_config.KEYS['MISS']}"] = rearrange(d, "o r -> r o")
     config = peft_files.base_config(tree, found) | {
+        "modules_to_save": modules or None,
         "peft_type": "MISS",
         "r": rank,
         "mini_r": rows,
@@ -135,7 +145,7 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
                 raise CheckpointError(f"the key {record.key} is unexpected")
             records[record.key] = record
             state[record.key] = rearrange(block, "r o -> o r")
-        apply_(tree, records, state)
+        write_(tree, fit(tree, records, state), set(state) - set(records))
     return model
 
 

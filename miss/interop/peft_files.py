@@ -6,20 +6,21 @@ It holds ``adapter_config.json`` and ``adapter_model.safetensors``.
 import json
 import os
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from miss import files
-from miss.errors import CheckpointError, StateError, at
+from miss.errors import CheckpointError, StateError, at, named, some
 from miss.layers.base import AdaptedLayer
 from miss.layers.linear import LinearHost
-from miss.state import own_adapters
+from miss.state import named_tensors, own_adapters
 from miss.tensors import contiguous
-from miss.tree import Tree
+from miss.tree import Tree, joined
 
-__all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "write"]
+__all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "saved_modules", "write"]
 
 PREFIX = "base_model.model."  # of every key
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,6 +77,59 @@ def base_config(tree: Tree, names: Iterable[str]) -> dict[str, Any]:
         "target_modules": targets,
         "task_type": None,
     }
+
+
+def saved_modules(
+    tree: Tree, adapted: Mapping[str, AdaptedLayer], others: Mapping[str, Tensor]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """``modules_to_save``, and its tensors by key without `PREFIX`.
+
+    PEFT saves whole modules, and takes every module whose name ends in one of the list. Parameters
+    of an adapted layer have keys with ``base_layer``.
+
+    Args:
+        tree: the model.
+        adapted: its adapted layers.
+        others: what is to be saved besides adapters, by full name.
+
+    Raises:
+        StateError: a module to save holds adapters, or is the model itself.
+
+    A `UserWarning` names running statistics of modules that are not saved.
+    """
+    holding = tree.holding([*adapted.values(), tree.root])
+    tensors: dict[str, Tensor] = {}
+    tops: list[str] = []
+    running: list[str] = []
+    for name, module in tree.of_type(nn.Module).items():
+        wanted = [key for key in named_tensors(name, module) if key in others]
+        parameters = [k for k in module._parameters if joined(name, k) in wanted]
+        if isinstance(module, AdaptedLayer):
+            for key in parameters:
+                tensors[f"{name}.base_layer.{key}"] = others[joined(name, key)]
+        elif parameters and id(module) in holding:
+            with at(joined(name, parameters[0])):
+                rule = "PEFT saves whole modules besides adapters, and this one holds adapters"
+                do = "miss.save(model, path); or pass extra=() or the modules to save"
+                raise StateError(rule, actual=f"a Parameter of {named(name)}", do=do)
+        elif parameters and not any(name.startswith(f"{top}.") for top in tops):
+            tops.append(name)
+        elif not parameters:
+            running += wanted
+    for name, module, _ in tree.entries:
+        if tops and name.endswith(tuple(tops)) and id(module) in holding:
+            with at(named(name)):
+                rule = "holds adapters, and PEFT would save it whole: it goes by the ends of names"
+                do = "miss.save(model, path); or pass extra=() or the modules to save"
+                raise StateError(rule, actual=f"modules_to_save={tops}", do=do)
+        parts = name.split(".")
+        ends = (".".join(parts[: n + 1]).endswith(tuple(tops)) for n in range(len(parts)))
+        if tops and any(ends):
+            tensors |= named_tensors(name, module)
+    if lost := [key for key in running if key not in tensors]:
+        text = f"running statistics are not written, since PEFT has no place for them: {some(lost)}"
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return tops, tensors
 
 
 def write(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

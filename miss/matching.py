@@ -1,0 +1,149 @@
+"""What one target matches in a model, and the errors of a target that matches nothing."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Container, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+from miss.errors import TargetError, at
+from miss.layers import looks_linear
+from miss.tree import Tree
+
+__all__ = ["ALL_LINEAR", "FORMS", "Hits", "Target", "Targets", "fits", "hits", "is_plain"]
+__all__ += ["listed", "nearest", "only_parameters", "shown", "unknown_name"]
+
+Target: TypeAlias = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+Targets: TypeAlias = Target | Iterable[Target]
+Matcher: TypeAlias = Callable[[str, nn.Module], bool]
+
+ALL_LINEAR = "all-linear"
+FORMS = "a str, compiled pattern, module type, callable(name, module), or an iterable of these"
+
+
+class Hits(NamedTuple):
+    """What one target matches: modules by id, and full names of Parameters by (module id, name)."""
+
+    modules: dict[int, nn.Module]
+    parameters: dict[tuple[int, str], str]
+    left: dict[str, int]  # Parameters whose last component is the target; the ids of their modules
+
+
+def hits(tree: Tree, target: Target, not_linear: Container[int]) -> Hits:
+    """What a target matches, adaptable or not; ``"all-linear"`` leaves ``not_linear`` out."""
+    matches = _matcher(target, not_linear)
+    modules = {id(e.module): e.module for e in tree.entries if matches(e.name, e.module)}
+    parameters: dict[tuple[int, str], str] = {}
+    left: dict[str, int] = {}
+    if isinstance(target, str) and is_plain(target):
+        for full, module, parameter in tree.weights.get(target.rpartition(".")[2], ()):
+            same = full == target and ("." in target or not modules)
+            if same or ("." in target and full.endswith(f".{target}")):
+                parameters.setdefault((id(module), _first_key(module, parameter)), full)
+            elif "." not in target and id(module) not in modules:
+                left[full] = id(module)
+    return Hits(modules, parameters, left)
+
+
+def _first_key(module: nn.Module, parameter: Tensor) -> str:
+    """The first name of a Parameter in its module."""
+    return next(key for key, p in module._parameters.items() if p is parameter)
+
+
+def listed(targets: Targets, argument: str) -> list[Target]:
+    """``targets`` as a list, each item checked to be of a known form."""
+    items: list[Any] = [targets]
+    if isinstance(targets, Iterable) and not isinstance(targets, str) and not callable(targets):
+        items = list(targets)
+    for item in items:
+        known = isinstance(item, str)
+        known |= isinstance(item, re.Pattern) and isinstance(item.pattern, str)
+        if isinstance(item, type):
+            known = issubclass(item, nn.Module)
+        elif callable(item):
+            known = not isinstance(item, nn.Module)
+        if not known:
+            with at(argument):
+                raise TargetError("unknown form of target", expected=FORMS, actual=repr(item))
+    return items
+
+
+def is_plain(target: Target) -> bool:
+    """Whether a target is a name or the end of one."""
+    return isinstance(target, str) and target != ALL_LINEAR and not set(target) & set("*?[")
+
+
+def _matcher(target: Target, not_linear: Container[int]) -> Matcher:
+    """``target`` as a test of (name, module)."""
+    if isinstance(target, type):
+        return lambda name, module: isinstance(module, target)
+    if isinstance(target, re.Pattern):
+        return lambda name, module: target.fullmatch(name) is not None
+    if not isinstance(target, str):
+        return target
+    if target == ALL_LINEAR:
+        return lambda name, module: looks_linear(module) and id(module) not in not_linear
+    return lambda name, module: fits(target, name)
+
+
+def fits(target: str, name: str) -> bool:
+    """Whether a string matches a name: its end, from a dot on, or as a glob the whole of it."""
+    if is_plain(target):
+        return name == target or name.endswith(f".{target}")
+    return fnmatch.fnmatchcase(name, target)
+
+
+def only_parameters(target: Target, left: list[str]) -> TargetError:
+    """The error of a target that only Parameters end in, and no module."""
+    longer = dict.fromkeys(".".join(full.split(".")[-2:]) for full in left)
+    rule = "matches no module; it is the last part of the names of Parameters"
+    do = f"write {' or '.join(map(repr, list(longer)[:5]))} to mean the Parameter"
+    return TargetError(rule, actual=", ".join(left[:5]), do=do)
+
+
+def unknown_name(
+    target: Target, names: list[str], start: str = "", weights: Iterable[str] = ()
+) -> TargetError:
+    """The error of a target that no name fits.
+
+    Args:
+        target: what matches nothing.
+        names: those of modules that can be meant.
+        start: says the target if the place does not.
+        weights: the full names of Parameters that can be meant.
+    """
+    expected = (
+        nearest(target, names, weights) or "a model with a torch.nn.Linear or a registered type"
+    )
+    if isinstance(target, str) and set(target) & set("(|\\$"):
+        rule = f"{start}matches nothing; a string is no regular expression"
+        return TargetError(rule, expected=expected, do=f"re.compile({target!r})")
+    return TargetError(f"{start}matches nothing", expected=expected)
+
+
+def shown(target: Target) -> str:
+    """A target, for a message."""
+    return target.__name__ if isinstance(target, type) else repr(target)
+
+
+def nearest(target: Target, names: list[str], weights: Iterable[str] = ()) -> str | None:
+    """A hint for a mistyped target: the nearest names or endings of names; else some names.
+
+    A Parameter is known by its own name, and hinted with its module's, as a target names it.
+    """
+    pattern = target.pattern if isinstance(target, re.Pattern) else target
+    choices: dict[str, str] = {ALL_LINEAR: repr(ALL_LINEAR)}
+    near: list[str] = []
+    if isinstance(pattern, str):
+        depth = pattern.count(".") + 1
+        endings = [".".join(name.split(".")[-depth:]) for name in names]
+        choices |= {name: repr(name) for name in [*endings, *names]}
+        for full in weights:
+            _, *ending = full.rsplit(".", 2)
+            choices.setdefault(full.rpartition(".")[2], f"{'.'.join(ending)!r} (a Parameter)")
+        near = difflib.get_close_matches(pattern, choices, n=3)
+    if near:
+        return f"a name in the model: did you mean {' or '.join(choices[n] for n in near)}?"
+    return f"a name in the model, such as {', '.join(map(repr, names[:5]))}" if names else None

@@ -1,0 +1,90 @@
+"""What is trained besides adapters: what `trainable` names, and the heads of transformers."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from miss.errors import StateError, at, named, some
+from miss.heads import head_of, made_anew
+from miss.matching import Targets
+from miss.targets import Chosen, chosen
+from miss.tensors import can_be_trained
+from miss.tree import Tree
+
+__all__ = ["besides", "not_linear", "unadapted_head", "warn_of_frozen", "warn_of_half"]
+
+
+def besides(tree: Tree, trainable: Targets) -> Chosen:
+    """What ``trainable`` names; it is checked that each of its Parameters can be trained.
+
+    Raises:
+        TargetError: a target is malformed or matches nothing.
+        StateError: a Parameter is not of a floating dtype.
+    """
+    found = chosen(tree, trainable, "trainable")
+    for name, parameter in found.parameters.items():
+        if not can_be_trained(parameter):
+            with at(name):
+                rule = "cannot be trained, as trainable asks: only floating Parameters can"
+                do = "leave it out of trainable, or name its layer in targets"
+                raise StateError(rule, actual=parameter.dtype, do=do)
+    return found
+
+
+def not_linear(tree: Tree, trained: Chosen) -> set[int]:
+    """By id, the modules that ``"all-linear"`` leaves out: output heads, heads, what is trained."""
+    head = set(map(id, head_of(tree).values()))
+    found = tree.head | set(map(id, trained.modules.values()))
+    for module in tree.unique:
+        if not head.isdisjoint(map(id, module._parameters.values())):
+            found.add(id(module))
+    return found
+
+
+def unadapted_head(tree: Tree, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """The Parameters of heads, by full name, that can be trained and lie in none of ``layers``."""
+    held: set[int] = set()
+    for layer in layers:
+        held |= set(map(id, layer._parameters.values()))
+    found = {}
+    for name, parameter in head_of(tree).items():
+        if id(parameter) not in held and can_be_trained(parameter):
+            found[name] = parameter
+    return found
+
+
+def warn_of_half(trained: Mapping[str, Tensor]) -> None:
+    """Warn of Parameters that are to be trained in half precision."""
+    half = [name for name, p in trained.items() if p.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        text = f"trained in half precision: {some(half)}. GradScaler refuses float16 gradients, "
+        text += "and in bfloat16 small updates are rounded away. Convert these modules with "
+        text += ".float() and train under autocast, or adapt them: name them in targets"
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def warn_of_frozen(
+    tree: Tree, trained: Iterable[Tensor], layers: Iterable[nn.Module], freeze: bool
+) -> None:
+    """Warn of Parameters that ``from_pretrained`` made anew and that are to stay frozen.
+
+    Args:
+        tree: the model.
+        trained: the Parameters that are trained.
+        layers: the adapted layers, whose base is saved with them.
+        freeze: whether every other Parameter is to be frozen.
+    """
+    kept = set(map(id, trained))
+    for layer in layers:
+        kept |= set(map(id, layer._parameters.values()))
+    frozen = []
+    for name, parameter in made_anew(tree).items():
+        if id(parameter) not in kept and (freeze or not parameter.requires_grad):
+            frozen.append(name)
+    if frozen:
+        tops = dict.fromkeys(named(name.rpartition(".")[0]) for name in frozen)
+        text = f"from_pretrained made {some(frozen)} anew, since the checkpoint lacks them, and "
+        text += f"they stay frozen at random values. trainable={list(tops)} trains them"
+        warnings.warn(text, UserWarning, stacklevel=3)
