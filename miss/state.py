@@ -138,7 +138,7 @@ def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Non
             do = (
                 f"give the model's tensor the dtype {tensor.dtype} (a D has it if the model has no "
             )
-            do += f"adapters yet), or round the values yourself with .to({slot.dtype})"
+            do += f"adapter yet), or round it yourself with .to({slot.dtype})"
             raise CheckpointError(rule, expected=expected, actual=actual, do=do)
 
 

@@ -22,7 +22,7 @@ __all__ += [
 __all__ += ["same", "tied_to", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SAMPLES = 64  # how many values of a tensor `positions` names
+SAMPLES = 64  # how many values of a tensor `positions` names, unless told
 
 Owners: TypeAlias = dict[tuple[torch.device, int], list[tuple[str, Tensor]]]
 
@@ -114,18 +114,19 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def positions(count: int) -> Tensor:
-    """Up to 64 flat positions in a tensor of ``count`` elements, spread over its rows and columns.
+def positions(count: int, samples: int = SAMPLES, device: torch.device | str = "cpu") -> Tensor:
+    """Flat positions in a tensor of ``count`` elements, spread over its rows and columns.
 
-    They depend only on ``count``. A plain stride would stay in one column if it is a multiple of
-    the width. The triangular numbers reach odd columns even when every stride is even.
+    They are at most ``samples``, and depend on nothing else. A plain stride would stay in one
+    column if it is a multiple of the width. The triangular numbers reach odd columns even when
+    every stride is even.
 
     >>> positions(4096)[:4]
     tensor([  0,  72, 191, 229])
     """
-    n = min(SAMPLES, count)
+    n = min(samples, count)
     step = max(1, count // max(1, n))
-    i = torch.arange(n)
+    i = torch.arange(n, device=device)
     return i * count // max(1, n) + (i * (i + 1) // 2 * 7919 + i * 104729) % step
 
 

@@ -16,8 +16,9 @@ from tests.installed import ENVIRONMENT, ROOT
 ORDER = ["errors", "tensors", "functional", "gradients", "fused", "forms"]
 ORDER += ["layers/host", "layers/loading", "layers/base", "layers/swap", "layers/names"]
 ORDER += ["layers/linear", "layers/example", "layers/__init__"]
-ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging", "inject", "adapters", "summary", "verify"]
-ORDER += ["files", "records", "state", "extra", "fingerprint", "state_dicts", "checkpoint"]
+ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging", "inject"]
+ORDER += ["adapters", "summary", "verify", "files", "records", "state", "extra", "fingerprint"]
+ORDER += ["state_dicts", "checkpoint"]
 ORDER += ["interop/peft_files", "interop/lora", "interop/peft_config", "interop/peft"]
 ORDER += ["interop/__init__", "__init__"]
 SOURCES = sorted((ROOT / "miss").rglob("*.py"))

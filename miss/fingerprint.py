@@ -1,0 +1,232 @@
+"""The fingerprint of a base model: some values of each weight, by which a file knows its base.
+
+It has up to 64 values of every floating Parameter of two or more axes, at `miss.tensors.positions`
+of the Parameter's shape.
+"""
+
+import math
+from collections.abc import Container
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miss.errors import CheckpointError
+from miss.layers import AdaptedLayer
+from miss.layers.host import base_name, d_name
+from miss.tensors import SAMPLES, is_data, positions
+from miss.tree import Tree, joined
+
+__all__ = ["KEY", "check", "differing", "taken"]
+
+KEY = ".base"  # of the values in a file; no tensor of a model can have this name
+
+_BYTES = 256  # at most, of the values of one Parameter
+_SIGNIFICAND = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}  # bits
+_NAMES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz"]
+_NAMES += ["float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)
+}
+_NAME_OF = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def taken(tree: Tree, held: Container[str]) -> tuple[dict[str, Any], Tensor | None]:
+    """Take the fingerprint of a model: up to 64 values of each weight, at most 256 bytes of each.
+
+    Tied Parameters are one, under the first name. While a layer is merged, the kept base is taken.
+    Parameters on meta, quantised ones and DTensors are left out.
+
+    Args:
+        tree: a model, adapted or not.
+        held: the keys that the file holds itself. A Parameter with a name among them is left out.
+
+    Returns:
+        The description, which JSON can hold: by name, dtype and shape, ``["float32", 8, 4]``. And
+        the bytes of all values in the order of the description, uint8, on the CPU, ``(bytes)``;
+        None if no Parameter is taken.
+    """
+    weights = _weights(tree)
+    names: dict[Any, list[str]] = {}  # of each Parameter, the first one first
+    for name, tensor in weights.items():
+        if is_data(tensor) and tensor.dtype in _NAME_OF and tensor.dim() >= 2 and tensor.numel():
+            names.setdefault(_memory(tensor), []).append(name)
+    description, wanted = {}, []
+    for own in names.values():
+        if not any(name in held for name in own):
+            tensor = weights[own[0]]
+            description[own[0]] = [_NAME_OF[tensor.dtype], *tensor.shape]
+            wanted.append((tensor, _samples(tensor.dtype)))
+    return description, torch.cat(_gathered(wanted)) if wanted else None
+
+
+def check(description: Any, values: Tensor | None) -> None:
+    """Raise a `CheckpointError` unless a file's fingerprint is one that `taken` could have made.
+
+    Args:
+        description: what the file's JSON holds, of any type.
+        values: the file's tensor, None if it has none.
+    """
+    if not isinstance(description, dict):
+        rule, actual = "its fingerprint of the base is not an object", type(description).__name__
+        raise CheckpointError(rule, actual=actual)
+    for name, entry in description.items():
+        known = isinstance(entry, list) and isinstance(name, str) and len(entry) >= 3
+        if not known or not isinstance(entry[0], str) or not all(map(_is_size, entry[1:])):
+            rule = (
+                f"its fingerprint of {name!r:.200} is not a dtype and a shape of two or more axes"
+            )
+            raise CheckpointError(rule, expected="like ['float32', 8, 4]", actual=f"{entry!r:.80}")
+        if entry[0] not in _DTYPES:
+            rule = f"its fingerprint of {name!r:.200} has a dtype that is unknown here"
+            expected, actual = f"one of {', '.join(_DTYPES)}", f"{entry[0]!r:.80}"
+            raise CheckpointError(rule, expected=expected, actual=actual)
+    expected_bytes = sum(map(_size, description.values()))
+    if values is None:
+        if description:
+            rule = f"its fingerprint of the base has no tensor {KEY!r}"
+            raise CheckpointError(rule, expected=f"{expected_bytes} bytes")
+        return
+    fits = isinstance(values, Tensor) and is_data(values) and values.device.type == "cpu"
+    if not fits or values.dtype != torch.uint8 or values.shape != (expected_bytes,):
+        actual = type(values).__name__
+        if isinstance(values, Tensor):
+            actual = f"{tuple(values.shape)} of {values.dtype} on {values.device}"
+        rule = f"the tensor {KEY!r} does not fit the fingerprint's description"
+        expected = f"{(expected_bytes,)} of {torch.uint8} on cpu"
+        raise CheckpointError(rule, expected=expected, actual=actual)
+
+
+def differing(tree: Tree, description: dict[str, Any], values: Tensor | None) -> list[str]:
+    """The names, in the file's order, of the Parameters that a model does not have as in a file.
+
+    It lacks the name or the shape, or the values differ. Values of one dtype are equal bit for bit,
+    and NaN equals NaN. Values of two dtypes are equal if they are so after a cast to the one with
+    fewer significand bits. fp16 equals bf16 if both can come from one number. fp8 equals only the
+    same fp8. Parameters of the model that are on meta, quantised or DTensors are not compared.
+
+    Args:
+        tree: a model, adapted or not. While a layer is merged, the kept base is compared.
+        description, values: what has passed `check`.
+    """
+    if values is None:
+        return []
+    weights, apart = _weights(tree), set()
+    compared, wanted = [], []
+    pieces = torch.split_with_sizes(values, [_size(entry) for entry in description.values()])
+    for (name, (kind, *shape)), piece in zip(description.items(), pieces):
+        own, dtype = weights.get(name), _DTYPES[kind]
+        if own is None:
+            apart.add(name)
+        elif is_data(own) and own.dtype in _NAME_OF:  # integers are quantised values
+            if list(own.shape) != shape:
+                apart.add(name)
+            else:
+                compared.append((name, own.dtype, dtype, piece))
+                wanted.append((own, _samples(dtype)))
+    groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
+    for (name, *dtypes, piece), ours in zip(compared, _gathered(wanted)):
+        groups.setdefault(tuple(dtypes), []).append((name, ours, piece))
+    for (dtype, theirs), group in groups.items():
+        ours = torch.cat([bits for _, bits, _ in group]).view(dtype)
+        read = torch.cat([bits for _, _, bits in group]).view(theirs)
+        counts = [bits.numel() // theirs.itemsize for _, _, bits in group]
+        ends = torch.tensor(list(accumulate(counts)), device="cpu")
+        wrong = (~_equal(ours, read)).nonzero()
+        owners = torch.searchsorted(ends, wrong, right=True).flatten().tolist()
+        apart.update(group[i][0] for i in set(owners))
+    return [name for name in description if name in apart]
+
+
+def _weights(tree: Tree) -> dict[str, Tensor]:
+    """The Parameters, except D, by each of their names; while a layer is merged, its kept base."""
+    found: dict[str, Tensor] = {}
+    for name, module, _ in tree.entries:
+        own = dict(module._parameters)
+        for parameter in module.miss_configs if isinstance(module, AdaptedLayer) else ():
+            own.pop(d_name(parameter), None)
+            kept: Any = module._buffers.get(base_name(parameter))
+            own[parameter] = own.get(parameter) if kept is None else kept
+        for key, tensor in own.items():
+            if tensor is not None:
+                found[joined(name, key)] = tensor
+    return found
+
+
+def _memory(tensor: Tensor) -> Any:
+    """What two tensors have in common only if they are the same elements."""
+    place = tensor.device, tensor.data_ptr()
+    return *place, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _samples(dtype: torch.dtype) -> int:
+    return min(SAMPLES, _BYTES // dtype.itemsize)
+
+
+def _size(entry: list[Any]) -> int:
+    """How many bytes the values of an entry of a description take."""
+    dtype = _DTYPES[entry[0]]
+    count: int = math.prod(entry[1:])
+    return min(_samples(dtype), count) * dtype.itemsize
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 < size < 2**63
+
+
+def _gathered(wanted: list[tuple[Tensor, int]]) -> list[Tensor]:
+    """Of each tensor, the bytes of as many values as the number says, on the CPU.
+
+    Each device is waited for once.
+    """
+    indices: dict[Any, tuple[Tensor, ...]] = {}
+    parts: dict[torch.device, list[Tensor]] = {}
+    for tensor, samples in wanted:
+        key = tensor.device, tensor.shape, samples
+        if key not in indices:
+            indices[key] = _index(tensor.shape, samples, tensor.device)
+        values = tensor.detach()
+        values = values.view(torch.uint8) if values.itemsize == 1 else values  # fp8 is not indexed
+        parts.setdefault(tensor.device, []).append(values[indices[key]].view(torch.uint8))
+    moved = {}
+    for device, own in parts.items():
+        sizes = [part.numel() for part in own]
+        moved[device] = iter(torch.split_with_sizes(torch.cat(own).cpu(), sizes))
+    return [next(moved[tensor.device]) for tensor, _ in wanted]
+
+
+def _index(shape: torch.Size, samples: int, device: torch.device) -> tuple[Tensor, ...]:
+    """`positions` as one index for each axis; `torch.unravel_index` would wait for the device."""
+    rest, index = positions(shape.numel(), samples, device), []
+    for size in reversed(shape):
+        index.append(rest % size)
+        rest = rest // size
+    return tuple(reversed(index))
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    """Which elements of two tensors of one shape come from one base."""
+    if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:
+        return _of_one_number(a, b) if a.dtype == torch.float16 else _of_one_number(b, a)
+    if a.dtype != b.dtype:
+        if not {a.dtype, b.dtype} <= _SIGNIFICAND.keys():
+            return torch.zeros_like(a, dtype=torch.bool)
+        narrow = min(a.dtype, b.dtype, key=lambda dtype: _SIGNIFICAND[dtype])
+        a, b = a.to(narrow), b.to(narrow)
+    if a.itemsize == 1:
+        a, b = a.float(), b.float()  # exact, and has isnan
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+    return (a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())
+
+
+def _of_one_number(half: Tensor, brain: Tensor) -> Tensor:
+    """Which elements in fp16 and in bf16 may be two roundings of one number.
+
+    Rounding to bf16 moves a number by at most ``2^-8`` of it, to fp16 by ``2^-11`` or, if it is
+    subnormal, ``2^-25``. What fp16 cannot hold is inf there and may be finite in bf16.
+    """
+    a, b = half.double(), brain.double()
+    near = (a - b).abs() <= 1.125 * 2**-8 * torch.maximum(a.abs(), b.abs()) + 2**-24
+    finite = a.isfinite() & b.isfinite() & near
+    return finite | (a.isinf() & (brain.to(torch.float16) == half)) | (a.isnan() & b.isnan())
