@@ -81,7 +81,7 @@ def select(
         with at("targets"):
             raise TargetError("must name at least one module", expected=FORMS, actual=repr(targets))
     for target in wanted:
-        hits = _hits(tree, target, tree.head | {id(module) for module in trained})
+        hits = _hits(tree, target, tree.output_head | {id(module) for module in trained})
         refused = {key: why for key in hits.modules if (why := candidates.get(key)) is not None}
         meant = [key for key in refused if key not in excluded]
         if meant and _is_plain(target):
@@ -116,7 +116,7 @@ def modules_of(tree: Tree, targets: Targets, argument: str) -> list[nn.Module]:
     tops: list[nn.Module] = []
     names = [entry.name for entry in tree.entries if entry.name]
     for target in _listed(targets, argument):
-        hits = _hits(tree, target, tree.head)
+        hits = _hits(tree, target, tree.output_head)
         if not hits.modules:
             with at(argument):
                 raise _unknown_name(target, names, f"{_shown(target)} ")
@@ -130,7 +130,7 @@ def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, st
     names = [entry.name for entry in tree.entries if entry.name]
     parameters: set[tuple[int, str]] = set()
     for target in _listed(exclude, "exclude"):
-        hits = _hits(tree, target, tree.head)
+        hits = _hits(tree, target, tree.output_head)
         if not hits.modules and not hits.parameters:
             with at("exclude"):
                 if hits.left:

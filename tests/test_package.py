@@ -16,7 +16,17 @@ from tests.installed import ENVIRONMENT, ROOT
 ORDER = ["errors", "tensors", "functional", "gradients", "fused", "forms"]
 ORDER += ["layers/host", "layers/loading", "layers/base", "layers/swap", "layers/names"]
 ORDER += ["layers/linear", "layers/example", "layers/__init__"]
-ORDER += ["tree", "targets", "parents", "merging", "inject", "adapters", "summary", "verify"]
+ORDER += [
+    "tree",
+    "heads",
+    "targets",
+    "parents",
+    "merging",
+    "inject",
+    "adapters",
+    "summary",
+    "verify",
+]
 ORDER += ["files", "records", "state", "checkpoint"]
 ORDER += ["interop/peft_files", "interop/lora", "interop/peft_config", "interop/peft"]
 ORDER += ["interop/__init__", "__init__"]
