@@ -114,7 +114,7 @@ def chosen(tree: Tree, targets: Targets, argument: str) -> Chosen:
     own = _parameters(tree)
     found: dict[str, Tensor] = {}
     for target in matching.listed(targets, argument):
-        hits = matching.hits(tree, target, tree.head)
+        hits = matching.hits(tree, target, tree.output_head)
         named_ones = {}
         if isinstance(target, str) and target != ALL_LINEAR:
             named_ones = {name: p for name, p in own.items() if matching.fits(target, name)}
@@ -151,7 +151,7 @@ def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, st
     names = [entry.name for entry in tree.entries if entry.name]
     parameters: set[tuple[int, str]] = set()
     for target in matching.listed(exclude, "exclude"):
-        hits = matching.hits(tree, target, tree.head)
+        hits = matching.hits(tree, target, tree.output_head)
         if not hits.modules and not hits.parameters:
             with at("exclude"):
                 if hits.left:

@@ -36,7 +36,7 @@ def besides(tree: Tree, trainable: Targets) -> Chosen:
 def not_linear(tree: Tree, trained: Chosen) -> set[int]:
     """By id, the modules that ``"all-linear"`` leaves out: output heads, heads, what is trained."""
     head = set(map(id, head_of(tree).values()))
-    found = tree.head | set(map(id, trained.modules.values()))
+    found = tree.output_head | set(map(id, trained.modules.values()))
     for module in tree.unique:
         if not head.isdisjoint(map(id, module._parameters.values())):
             found.add(id(module))
@@ -48,7 +48,7 @@ def unadapted_head(tree: Tree, layers: Iterable[nn.Module]) -> dict[str, Tensor]
     held: set[int] = set()
     for layer in layers:
         held |= set(map(id, layer._parameters.values()))
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in head_of(tree).items():
         if id(parameter) not in held and can_be_trained(parameter):
             found[name] = parameter

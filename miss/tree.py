@@ -133,11 +133,27 @@ class Tree:
         return Counter(id(child) for child in held)
 
     @cached_property
-    def head(self) -> set[int]:
-        """The id of what ``model.get_output_embeddings()`` returns; empty if that is no module."""
-        ask = getattr(self.root, "get_output_embeddings", None)
-        head = ask() if callable(ask) else None
-        return {id(head)} if isinstance(head, nn.Module) else set()
+    def pretrained(self) -> dict[str, nn.Module]:
+        """The models of transformers, by first name: modules that are a ``PreTrainedModel``."""
+        return self.of_type(_loaded("transformers.modeling_utils", "PreTrainedModel"))
+
+    @cached_property
+    def output_head(self) -> set[int]:
+        """The modules that ``get_output_embeddings()`` returns, and all inside them, by id.
+
+        The root is asked, and every model of transformers in it. A list or a tuple counts as what
+        it holds. Where the method raises NotImplementedError, there is no output head.
+        """
+        tops: list[nn.Module] = []
+        for model in {id(m): m for m in (self.root, *self.pretrained.values())}.values():
+            ask = getattr(model, "get_output_embeddings", None)
+            try:
+                given = ask() if callable(ask) else None
+            except NotImplementedError:
+                continue
+            listed = given if isinstance(given, (list, tuple)) else [given]
+            tops += [top for top in listed if isinstance(top, nn.Module)]
+        return set(self.inside(tops))
 
     def inside(self, tops: Iterable[nn.Module]) -> dict[int, nn.Module]:
         """The modules that are one of ``tops`` or lie inside one, by id."""

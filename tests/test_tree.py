@@ -116,7 +116,7 @@ def test_inside_and_holding():
     assert tree.first[id(model.alias)] == "layers.1.mlp.2"
     assert tree.modules["alias"] is model.alias
     assert tree.times_held[id(model.alias)] == 2
-    assert tree.head == {id(model.lm_head)}
+    assert tree.output_head == {id(model.lm_head)}
 
 
 def test_a_wrapper_and_its_module_share_a_name():
