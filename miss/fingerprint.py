@@ -26,9 +26,7 @@ _BYTES = 256  # at most, of the values of one Parameter
 _SIGNIFICAND = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}  # bits
 _NAMES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz"]
 _NAMES += ["float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)
-}
+_DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in _NAMES if hasattr(torch, n)}
 _NAME_OF = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -74,9 +72,7 @@ def check(description: Any, values: Tensor | None) -> None:
     for name, entry in description.items():
         known = isinstance(entry, list) and isinstance(name, str) and len(entry) >= 3
         if not known or not isinstance(entry[0], str) or not all(map(_is_size, entry[1:])):
-            rule = (
-                f"its fingerprint of {name!r:.200} is not a dtype and a shape of two or more axes"
-            )
+            rule = f"its fingerprint of {name!r:.200} is not a dtype and two or more sizes"
             raise CheckpointError(rule, expected="like ['float32', 8, 4]", actual=f"{entry!r:.80}")
         if entry[0] not in _DTYPES:
             rule = f"its fingerprint of {name!r:.200} has a dtype that is unknown here"
@@ -88,13 +84,13 @@ def check(description: Any, values: Tensor | None) -> None:
             rule = f"its fingerprint of the base has no tensor {KEY!r}"
             raise CheckpointError(rule, expected=f"{expected_bytes} bytes")
         return
-    fits = isinstance(values, Tensor) and is_data(values) and values.device.type == "cpu"
-    if not fits or values.dtype != torch.uint8 or values.shape != (expected_bytes,):
+    fits = is_data(values) and values.dtype == torch.uint8
+    if not fits or values.shape != (expected_bytes,):
         actual = type(values).__name__
         if isinstance(values, Tensor):
-            actual = f"{tuple(values.shape)} of {values.dtype} on {values.device}"
+            actual = f"{actual} of {tuple(values.shape)}, {values.dtype}"
         rule = f"the tensor {KEY!r} does not fit the fingerprint's description"
-        expected = f"{(expected_bytes,)} of {torch.uint8} on cpu"
+        expected = f"Tensor of {(expected_bytes,)}, {torch.uint8}"
         raise CheckpointError(rule, expected=expected, actual=actual)
 
 
@@ -186,9 +182,8 @@ def _gathered(wanted: list[tuple[Tensor, int]]) -> list[Tensor]:
         key = tensor.device, tensor.shape, samples
         if key not in indices:
             indices[key] = _index(tensor.shape, samples, tensor.device)
-        values = tensor.detach()
-        values = values.view(torch.uint8) if values.itemsize == 1 else values  # fp8 is not indexed
-        parts.setdefault(tensor.device, []).append(values[indices[key]].view(torch.uint8))
+        values = tensor.detach()[indices[key]]
+        parts.setdefault(tensor.device, []).append(values.view(torch.uint8))
     moved = {}
     for device, own in parts.items():
         sizes = [part.numel() for part in own]
@@ -228,5 +223,5 @@ def _of_one_number(half: Tensor, brain: Tensor) -> Tensor:
     """
     a, b = half.double(), brain.double()
     near = (a - b).abs() <= 1.125 * 2**-8 * torch.maximum(a.abs(), b.abs()) + 2**-24
-    finite = a.isfinite() & b.isfinite() & near
-    return finite | (a.isinf() & (brain.to(torch.float16) == half)) | (a.isnan() & b.isnan())
+    near &= a.isfinite() & b.isfinite()
+    return near | (brain.to(torch.float16) == half) | (a.isnan() & b.isnan())

@@ -12,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from miss import CheckpointError, MiSSeLinear, inject, merge, unmerge
 from miss.fingerprint import KEY, check, differing, taken
+from miss.tensors import positions
 from miss.tree import Tree
 from tests.models import Decoder
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E8M0 = getattr(torch, "float8_e8m0fnu", E5M2)  # since torch 2.7
 INF, NAN = math.inf, math.nan
 
 SMALL = [(576, 576), (192, 576), (384, 1536), (1536, 576), (64, 3, 7, 7), (4, 8, 16), (64, 64)]
@@ -209,8 +211,12 @@ def test_what_has_no_plain_values_is_neither_written_nor_checked():
     assert apart(plain, Weights(a=plain.a[:3], b=plain.b.flatten())) == ["a", "b"]
     assert apart(plain, Weights(a=plain.a.view(2, 8), b=plain.b)) == ["a"]
     assert apart(plain, Weights(b=plain.b)) == ["a"]
+    description, values = fingerprint(plain)
+    other = Weights(a=torch.ones(4, 4), b=torch.ones(4, 4))
     with torch.device("meta"):  # nothing is made on the default device
-        assert apart(plain, plain) == []
+        assert len(set(positions(100).tolist())) == 64
+        assert [bits.tolist() for bits in fingerprint(plain)[1:]] == [values.tolist()]
+        assert differing(Tree(other), description, values) == ["a", "b"]
 
 
 def bits(value: int, dtype: torch.dtype) -> Tensor:
@@ -277,6 +283,9 @@ EQUAL = [
     (F16, 0.1, BF16, 0.101, False),
     (F16, 1 + 4 * 2**-10, BF16, 1 + 2**-7, True),  # apart by 4 units, and the bound is 4.5
     (F16, 1 + 3 * 2**-10, BF16, 1 + 2**-7, False),
+    (F16, 254 / 128, BF16, 255 / 128, True),  # apart by 8 units, and the bound is 8.97
+    (F16, 1 + 338 / 1024, BF16, 1 + 43 / 128, True),  # the larger one counts
+    (F16, 1 + 117 / 1024, BF16, 1 + 14 / 128, True),
     (F16, 1.0, BF16, -1.0, False),
     (F16, 0.0, BF16, -0.0, True),
     (F16, 0.0, BF16, 2**-24, True),
@@ -305,6 +314,8 @@ EQUAL = [
     (E5M2, bits(0x7D, E5M2), E5M2, bits(0xFE, E5M2), True),
     (E5M2, INF, E5M2, -INF, False),
     (E5M2, NAN, E5M2, INF, False),
+    (E8M0, 2.0, E8M0, 2.0, True),
+    (E8M0, 2.0, E8M0, 4.0, False),
     (E4M3, 1.0, E5M2, 1.0, False),
     (E4M3, 1.0, BF16, 1.0, False),
     (E4M3, 1.0, F32, 1.0, False),
@@ -427,11 +438,11 @@ MALFORMED = [
     ({"a": [2, 3, "float32"]}, BYTES),
     ({"a": ["float32", 2, "3"]}, BYTES),
     ({"a": ["float32", 2, 3.0]}, BYTES),
-    ({"a": ["float32", 2, True]}, BYTES),
+    ({"a": ["float32", 6, True]}, BYTES),
     ({"a": ["float32", 2, None]}, BYTES),
     ({"a": ["float32", -2, -3]}, BYTES),
     ({"a": ["float32", 0, 3]}, BYTES[:0]),
-    ({"a": ["float32", 2, 10**30]}, BYTES),
+    ({"a": ["float32", 2, 10**30]}, torch.zeros(64 * 4, dtype=torch.uint8)),
     ({"a": ["int32", 2, 3]}, BYTES),
     ({"a": ["complex64", 2, 3]}, BYTES),
     ({"a": ["Tensor", 2, 3]}, BYTES),
