@@ -19,6 +19,7 @@ from miss.tree import Tree
 BERT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 20, "max_position_embeddings": 32}
 LAYERS = {"num_hidden_layers": 1}
+CHILDREN = ["classifier", "score", "qa_outputs", "classification_head", "head", "projector", "fc"]
 CLASSIFIER = ["classifier.weight", "classifier.bias"]
 
 
@@ -118,7 +119,12 @@ class Holder(nn.Module):
 
 def test_where_the_head_stands():
     assert names(Mine(BertConfig(**BERT))) == ["factor", *CLASSIFIER, "dense.weight", "dense.bias"]
-    assert names(Odd(BertConfig(**BERT))) == CLASSIFIER
+    for name in CHILDREN:
+        odd = Odd(BertConfig(**BERT))
+        odd.add_module(name, odd._modules.pop("classifier"))
+        assert names(odd) == [f"{name}.weight", f"{name}.bias"]
+    odd.add_module("output", odd._modules.pop(name))
+    assert names(odd) == []
     assert names(MyForSequenceClassification()) == []
     model = tiny()
     assert list(head_of(Tree(torch.compile(model, backend="eager")))) == CLASSIFIER
@@ -216,6 +222,9 @@ def test_what_a_class_declares_as_missing_is_not_anew(tmp_path: pathlib.Path):
     assert tables
     assert not any(hasattr(table, "_is_hf_initialized") for table in tables)
     assert not made_anew(Tree(Holder(model)))
+    model._keys_to_ignore_on_load_missing = {"^model.encoder"}  # a pattern sees the model's names
+    [name] = made_anew(Tree(Holder(model)))
+    assert name == "model.model.decoder.embed_positions.weight"
 
 
 def adapted(model: nn.Module) -> set[str]:
