@@ -19,7 +19,7 @@ ORDER += ["layers/linear", "layers/example", "layers/__init__"]
 ORDER += ["tree", "targets", "parents", "merging", "inject", "adapters", "summary", "verify"]
 ORDER += ["files", "records", "state", "checkpoint"]
 ORDER += ["interop/peft_files", "interop/lora", "interop/peft_config", "interop/peft"]
-ORDER += ["interop/__init__", "__init__"]
+ORDER += ["interop/transformers", "interop/__init__", "__init__"]
 SOURCES = sorted((ROOT / "miss").rglob("*.py"))
 
 
