@@ -25,12 +25,12 @@ SHARDED = {  # what a Trainer says of itself, and its name
 
 
 class AdapterCheckpoints:
-    """A mixin for `transformers.Trainer` and its subclasses: checkpoints without the base.
+    """A mixin for ``transformers.Trainer`` and its subclasses: checkpoints without the base.
 
     Where a checkpoint would hold the whole model, it holds ``adapter.safetensors``, which
     `miss.save` wrote: the adapters and all else that training changes. The tokenizer, the optimizer
-    and the rest are as the Trainer writes them. `save_model` writes the same file. Resuming and
-    `load_best_model_at_end` read it with `miss.load`, so a file that does not fit the model is an
+    and the rest are as the Trainer writes them. ``save_model`` writes the same file. Resuming and
+    ``load_best_model_at_end`` read it with `miss.load`, so a file that does not fit the model is an
     error. Training resumed in this way is the uninterrupted one, bit for bit.
 
     The subclass is yours, with the mixin first: ``class MyTrainer(AdapterCheckpoints, Trainer)``.
