@@ -20,7 +20,7 @@ ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging
 ORDER += ["adapters", "summary", "verify", "files", "records", "state", "extra", "fingerprint"]
 ORDER += ["state_dicts", "checkpoint"]
 ORDER += ["interop/peft_files", "interop/lora", "interop/peft_config", "interop/peft"]
-ORDER += ["interop/__init__", "__init__"]
+ORDER += ["interop/transformers", "interop/__init__", "__init__"]
 SOURCES = sorted((ROOT / "miss").rglob("*.py"))
 
 
