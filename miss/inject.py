@@ -17,10 +17,11 @@ from miss.layers import (
     path_of,
     refusal,
 )
+from miss.layers.forwards import refuse_replaced
 from miss.layers.host import d_name
 from miss.layers.swap import Adapter, largest_rank, new_adapter, swap_, swap_back_
 from miss.merging import bake_, check_mergeable, check_restorable, guard, places, restore_
-from miss.parents import place_hooks, read_weights, remove_hooks
+from miss.parents import place_hooks, read_weights, refuse_offloaded, remove_hooks
 from miss.targets import Site, Targets, select
 from miss.tree import Tree, joined
 
@@ -87,7 +88,8 @@ def inject(
         TargetError: a target matches nothing, or names what cannot be adapted.
         ShapeError: ``rank``, ``method``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its
             rule.
-        StateError: a match is adapted already, or DistributedDataParallel or FSDP wraps the model.
+        StateError: a match is adapted already, or accelerate offloads its weights, or
+            DistributedDataParallel or FSDP wraps the model.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> inject(model, "0", rank=4)[0]
@@ -101,6 +103,7 @@ def inject(
             raise ShapeError("unknown method", expected=expected, actual=actual)
         check_adapter_dtype(adapter_dtype)
         found = select(tree, targets, candidates(tree), exclude=exclude, trainable=trainable)
+        refuse_offloaded(tree, (site.module for site in found.adapt))
         plan = _planned(found.adapt, method, rank, scale, dropout, adapter_dtype)
         adopt_all_(tree, plan, found.trainable, freeze)
         for module, reason in found.skipped:
@@ -205,9 +208,10 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         ``model`` itself.
 
     Raises:
-        StateError: the class or the D of an adapted layer was replaced after injection; the model
-            is sharded, or wrapped by DistributedDataParallel; a layer cannot be merged (with
-            ``merge``) or unmerged (without it). Nothing is ejected then.
+        StateError: the class, the forward or the D of an adapted layer was replaced after
+            injection; accelerate offloads it; the model is sharded, or wrapped by
+            DistributedDataParallel; a layer cannot be merged (with ``merge``) or unmerged (without
+            it). Nothing is ejected then.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))
     >>> eject(inject(model, "0", rank=4))[0]
@@ -221,6 +225,8 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         for name, layer in adapted.items():
             with at(named(name)):
                 _check_class(layer)
+                refuse_replaced(layer)
+        refuse_offloaded(tree, adapted.values(), "its hook keeps D, and would look for it")
         found = places(adapted)
         (check_mergeable if merge else check_restorable)(tree, found)
         for place in found.values():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
+from miss.layers.forwards import change_class_, offloaded_error, offloads
 from miss.layers.host import Depth, base_name, d_name
 
 __all__ = ["Adapter", "attach", "drop_base", "keep_base", "largest_rank", "new_adapter", "new_d"]
@@ -47,7 +48,10 @@ def new_adapter(
 
     Raises:
         ShapeError: a number is outside its rule.
+        StateError: accelerate offloads the weights of the layer.
     """
+    if offloads(layer):
+        raise offloaded_error("D would not be trained")
     host: Any = cls.miss_host
     axes, shape = host.axes[parameter], host.sizes(layer, parameter)
     config = LayerConfig(cls.miss_form, rank, shape, axes, scale=scale, dropout=dropout)
@@ -69,7 +73,7 @@ def swap_(adapter: Adapter) -> None:
     """Adapt a Parameter of a layer; everything has been checked."""
     layer, parameter, cls, config, d = adapter
     if not isinstance(layer, AdaptedLayer):
-        object.__setattr__(layer, "__class__", cls)
+        change_class_(layer, cls)
     attach(layer, parameter, config, d)
 
 
@@ -98,5 +102,5 @@ def swap_back_(layer: AdaptedLayer) -> None:
         del layer._parameters[d_name(parameter)]
         drop_base(layer, parameter)
     for name in ("_miss_configs", "_miss_depth"):
-        del layer.__dict__[name]
-    object.__setattr__(layer, "__class__", layer.miss_type)
+        layer.__dict__.pop(name, None)
+    change_class_(layer, layer.miss_type)
