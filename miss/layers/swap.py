@@ -13,6 +13,7 @@ from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
 from miss.layers.forwards import change_class_, offloaded_error, offloads
 from miss.layers.host import Depth, base_name, d_name
+from miss.layers.loading import UNSET
 
 __all__ = ["Adapter", "attach", "drop_base", "keep_base", "largest_rank", "new_adapter", "new_d"]
 __all__ += ["swap_", "swap_back_"]
@@ -82,6 +83,8 @@ def attach(layer: Any, parameter: str, config: LayerConfig, d: nn.Parameter) -> 
     layer.__dict__["_miss_configs"] = {**layer._miss_configs, parameter: config}
     layer.__dict__.setdefault("_miss_depth", Depth())
     layer._parameters[d_name(parameter)] = d
+    if d.is_meta:
+        layer.__dict__[UNSET] = True
 
 
 def keep_base(layer: AdaptedLayer, parameter: str, base: Tensor) -> None:
@@ -101,6 +104,6 @@ def swap_back_(layer: AdaptedLayer) -> None:
     for parameter in layer.miss_configs:
         del layer._parameters[d_name(parameter)]
         drop_base(layer, parameter)
-    for name in ("_miss_configs", "_miss_depth"):
+    for name in ("_miss_configs", "_miss_depth", UNSET):
         layer.__dict__.pop(name, None)
     change_class_(layer, layer.miss_type)
