@@ -17,11 +17,12 @@ from miss.layers import (
     path_of,
     refusal,
 )
+from miss.layers.forwards import refuse_replaced
 from miss.layers.host import d_name
 from miss.layers.swap import Adapter, largest_rank, new_adapter, swap_, swap_back_
 from miss.matching import Targets
 from miss.merging import bake_, check_mergeable, check_restorable, guard, places, restore_
-from miss.parents import place_hooks, read_weights, remove_hooks
+from miss.parents import place_hooks, read_weights, refuse_offloaded, remove_hooks
 from miss.targets import Site, select
 from miss.trained import besides, not_linear, unadapted_head, warn_of_frozen, warn_of_half
 from miss.tree import Tree, joined
@@ -91,8 +92,9 @@ def inject(
         TargetError: a target matches nothing, or names what cannot be adapted.
         ShapeError: ``rank``, ``method``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its
             rule.
-        StateError: a match is adapted already; DistributedDataParallel or FSDP wraps the model; a
-            Parameter of ``trainable`` has no floating dtype.
+        StateError: a match is adapted already, or accelerate offloads its weights;
+            DistributedDataParallel or FSDP wraps the model; a Parameter of ``trainable`` has no
+            floating dtype.
 
     A `UserWarning` names Parameters that are trained in half precision, and those that
     ``from_pretrained`` made anew and that stay frozen.
@@ -111,6 +113,7 @@ def inject(
         beside = besides(tree, trainable)
         left_out = not_linear(tree, beside)
         found = select(tree, targets, candidates(tree), exclude=exclude, not_linear=left_out)
+        refuse_offloaded(tree, (site.module for site in found.adapt))
         plan = _planned(found.adapt, method, rank, scale, dropout, adapter_dtype)
         layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
         trained = beside.parameters | (unadapted_head(tree, layers) if freeze else {})
@@ -220,9 +223,10 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         ``model`` itself.
 
     Raises:
-        StateError: the class or the D of an adapted layer was replaced after injection; the model
-            is sharded, or wrapped by DistributedDataParallel; a layer cannot be merged (with
-            ``merge``) or unmerged (without it). Nothing is ejected then.
+        StateError: the class, the forward or the D of an adapted layer was replaced after
+            injection; accelerate offloads it; the model is sharded, or wrapped by
+            DistributedDataParallel; a layer cannot be merged (with ``merge``) or unmerged (without
+            it). Nothing is ejected then.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))
     >>> eject(inject(model, "0", rank=4))[0]
@@ -236,6 +240,8 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         for name, layer in adapted.items():
             with at(named(name)):
                 _check_class(layer)
+                refuse_replaced(layer)
+        refuse_offloaded(tree, adapted.values(), "its hook keeps D, and would look for it")
         found = places(adapted)
         (check_mergeable if merge else check_restorable)(tree, found)
         for place in found.values():

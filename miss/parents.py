@@ -1,15 +1,18 @@
-"""Modules of torch that bypass their children: which children are refused, hooks for the rest."""
+"""Parents that bypass or offload their children: which are refused, and hooks for the rest."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from miss.errors import named
+from miss.layers.forwards import offloaded_error, offloads
 from miss.tree import Tree
 
-__all__ = ["keep_padding", "keep_slow_path", "place_hooks", "read_weights", "remove_hooks"]
+__all__ = ["keep_padding", "keep_slow_path", "place_hooks", "read_weights", "refuse_offloaded"]
+__all__ += ["remove_hooks"]
 
 
 def read_weights(tree: Tree) -> dict[int, str]:
@@ -28,6 +31,21 @@ def read_weights(tree: Tree) -> dict[int, str]:
         do = "merge that with PEFT's merge_and_unload, or unload it, first"
         reasons[key] = f"is a part of a PEFT adapter: {do}"
     return reasons
+
+
+def refuse_offloaded(
+    tree: Tree, layers: Iterable[nn.Module], why: str = "D would not be trained"
+) -> None:
+    """Raise a `StateError` that names each of ``layers`` whose weights accelerate offloads."""
+    offloaded = tree.inside(module for module in tree.unique if offloads(module, below=True))
+    names = []
+    for key, layer in {id(layer): layer for layer in layers}.items():
+        if key in offloaded or offloads(layer):
+            names.append(named(tree.first[key]))
+    if names:
+        error = offloaded_error(why)
+        error.where, error.actual = names[0], ", ".join(names)
+        raise error
 
 
 def place_hooks(tree: Tree) -> None:

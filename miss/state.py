@@ -14,6 +14,7 @@ from miss.layers import AdaptedLayer, class_of, host_of, parameters_of, path_of
 from miss.layers.host import base_name, d_name
 from miss.layers.swap import Adapter, new_d
 from miss.merging import places
+from miss.parents import refuse_offloaded
 from miss.records import Record, record_of
 from miss.tensors import can_be_trained, same, unwritable
 from miss.trained import unadapted_head
@@ -198,6 +199,7 @@ def _plan(
     forms = {(id(a.layer), a.cls) for a in plan.values()}
     if len(forms) > len({key for key, _ in forms}):
         raise CheckpointError("the Parameters of one module are adapted in two forms")
+    refuse_offloaded(tree, (adapter.layer for adapter in plan.values()))
     return list(plan.values())
 
 

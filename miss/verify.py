@@ -74,7 +74,8 @@ def _verify(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any], backward:
         raise StateError(rule, actual=", ".join(missed), do=do)
     if without:
         rule = f"{len(without)} D got no gradient from the sum of the floating outputs"
-        do = "leave them out with exclude; or look for a detach, a no_grad or a requires_grad flag"
+        do = "leave them out with exclude; or look for a detach, a no_grad, a requires_grad flag, "
+        do += "or hooks of accelerate that offload D"
         raise StateError(rule, actual=", ".join(without), do=do)
 
 

@@ -211,7 +211,9 @@ def test_freezing():
     frozen = Decoder().requires_grad_(False)
     inject(frozen, "q_proj", rank=2, trainable="norm")
     for trainable, name in (("*.2.bias", "layers.0.mlp.2.bias"), ("embed.weight", "embed.weight")):
-        inject(frozen, "k_proj" if name == "embed.weight" else "v_proj", rank=2, trainable=trainable)
+        inject(
+            frozen, "k_proj" if name == "embed.weight" else "v_proj", rank=2, trainable=trainable
+        )
         assert frozen.get_parameter(name).requires_grad  # switched on in later calls too
     on = {name for name, p in frozen.named_parameters() if p.requires_grad and "miss_D" not in name}
     norms = {f"layers.{i}.norm.{key}" for i in (0, 1) for key in ("weight", "bias")}

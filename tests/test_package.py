@@ -14,8 +14,8 @@ from tests.installed import ENVIRONMENT, ROOT
 
 # From the ground up. A room imports only rooms that stand above it in this list.
 ORDER = ["errors", "tensors", "functional", "gradients", "fused", "forms"]
-ORDER += ["layers/host", "layers/loading", "layers/base", "layers/swap", "layers/names"]
-ORDER += ["layers/linear", "layers/example", "layers/__init__"]
+ORDER += ["layers/host", "layers/loading", "layers/base", "layers/forwards", "layers/swap"]
+ORDER += ["layers/names", "layers/linear", "layers/example", "layers/__init__"]
 ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging", "inject"]
 ORDER += ["adapters", "summary", "verify", "files", "records", "state", "extra", "fingerprint"]
 ORDER += ["state_dicts", "checkpoint"]

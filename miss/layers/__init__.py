@@ -11,6 +11,7 @@ from miss.errors import StateError, TargetError, at
 from miss.forms import METHODS, Form
 from miss.layers.base import AdaptedLayer
 from miss.layers.example import check_example
+from miss.layers.forwards import replaced
 from miss.layers.host import Host, base_name, d_name
 from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
 from miss.tensors import is_dtensor
@@ -117,9 +118,9 @@ def refusal(module: nn.Module) -> str | None:
         missing = " or ".join(map(repr, host.axes))
         why = "weight_norm, spectral_norm, pruning?"
         return f"has no parameter {missing} of its own ({why}): remove what replaced it"
-    if "forward" in module.__dict__:
-        why = "which would bypass the adapter (accelerate's hooks?)"
-        return f"has an instance-level forward, {why}: remove it, then inject"
+    if (found := replaced(module)) is not None:
+        do = f"remove it ({found[1]}), inject, then set it again"
+        return f"has {found[0]}, which would bypass the adapter: {do}"
     if any(is_dtensor(module._parameters[parameter]) for parameter in parameters):
         return "has a DTensor weight: inject first, then parallelize"
     ours = _NAMES.union(*((d_name(p), base_name(p)) for p in parameters))

@@ -45,6 +45,7 @@ class AdaptedLayer(_Mixin):
     miss_type: ClassVar[type[nn.Module]]
     _miss_configs: Mapping[str, LayerConfig] = {}
     _miss_depth: Depth = Depth()
+    _is_hf_initialized = loading.Mark()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -211,6 +212,7 @@ class AdaptedLayer(_Mixin):
             if (name in was_meta or emptied) and not d.is_meta:
                 with torch.no_grad():
                     d.zero_()
+        loading.settle(self)
         return self
 
     def _load_from_state_dict(self, state: Any, prefix: str, about: Any, *args: Any) -> None:
@@ -222,6 +224,7 @@ class AdaptedLayer(_Mixin):
             if d.is_meta and not weight.is_meta:  # a base checkpoint moved the weight off meta
                 zeros = torch.zeros_like(d, device=weight.device)
                 self._parameters[d_name(parameter)] = nn.Parameter(zeros, d.requires_grad)
+        loading.settle(self)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """As in `nn.Module`; while merged, that of the merged plain layer, as the metadata says."""

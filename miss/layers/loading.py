@@ -1,5 +1,6 @@
 """What a `state_dict` says of an adapted layer, and what is checked when one is loaded."""
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,55 @@ from miss.forms import Form, LayerConfig
 from miss.layers.host import d_name
 from miss.tensors import is_data, positions, same
 
-__all__ = ["KEY", "about_of", "check_form", "checked", "metadata"]
+__all__ = ["KEY", "UNSET", "Mark", "about_of", "check_form", "checked", "metadata"]
+__all__ += ["settle"]
 
 KEY = "miss"  # of a module's entry in `_metadata`
+UNSET = "_miss_unset"  # attribute of a layer whose D was made on meta and has no values yet
+
+
+class Mark:
+    """The attribute with which transformers 5 marks a layer, or a Parameter, as initialised.
+
+    Its ``from_pretrained`` builds the model on meta. It marks the Parameters that it finds in the
+    checkpoint, gives the others uninitialised memory, and asks ``_init_weights`` of the model to
+    fill them, which does not know D. At last it marks each module. When this mark is set, a D that
+    was made on meta and is not marked itself becomes zero.
+    """
+
+    name = "_is_hf_initialized"
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        if self.name not in layer.__dict__:
+            raise AttributeError(self.name)
+        return layer.__dict__[self.name]
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        layer.__dict__[self.name] = value
+        if not value or not layer.__dict__.get(UNSET):
+            return
+        if "transformers.initialization" not in sys.modules:  # transformers 4 marks no Parameter
+            return
+        for parameter in layer.miss_configs:
+            d = getattr(layer, d_name(parameter))
+            if not d.is_meta and not getattr(d, self.name, False):
+                with torch.no_grad():
+                    d.zero_()
+        settle(layer)
+
+    def __delete__(self, layer: Any) -> None:
+        if self.name not in layer.__dict__:
+            raise AttributeError(self.name)
+        del layer.__dict__[self.name]
+
+
+def settle(layer: Any) -> None:
+    """Note that each D of a layer that is not on meta has values."""
+    unset = UNSET in layer.__dict__
+    if unset and not any(getattr(layer, d_name(p)).is_meta for p in layer.miss_configs):
+        del layer.__dict__[UNSET]
 
 
 def metadata(form: type[Form], merged: bool) -> dict[str, Any]:

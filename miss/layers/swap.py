@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
+from miss.layers.forwards import change_class_, offloaded_error, offloads
 from miss.layers.host import Depth, base_name, d_name
+from miss.layers.loading import UNSET
 
 __all__ = ["Adapter", "attach", "drop_base", "keep_base", "largest_rank", "new_adapter", "new_d"]
 __all__ += ["swap_", "swap_back_"]
@@ -47,7 +49,10 @@ def new_adapter(
 
     Raises:
         ShapeError: a number is outside its rule.
+        StateError: accelerate offloads the weights of the layer.
     """
+    if offloads(layer):
+        raise offloaded_error("D would not be trained")
     host: Any = cls.miss_host
     axes, shape = host.axes[parameter], host.sizes(layer, parameter)
     config = LayerConfig(cls.miss_form, rank, shape, axes, scale=scale, dropout=dropout)
@@ -69,7 +74,7 @@ def swap_(adapter: Adapter) -> None:
     """Adapt a Parameter of a layer; everything has been checked."""
     layer, parameter, cls, config, d = adapter
     if not isinstance(layer, AdaptedLayer):
-        object.__setattr__(layer, "__class__", cls)
+        change_class_(layer, cls)
     attach(layer, parameter, config, d)
 
 
@@ -78,6 +83,8 @@ def attach(layer: Any, parameter: str, config: LayerConfig, d: nn.Parameter) -> 
     layer.__dict__["_miss_configs"] = {**layer._miss_configs, parameter: config}
     layer.__dict__.setdefault("_miss_depth", Depth())
     layer._parameters[d_name(parameter)] = d
+    if d.is_meta:
+        layer.__dict__[UNSET] = True
 
 
 def keep_base(layer: AdaptedLayer, parameter: str, base: Tensor) -> None:
@@ -97,6 +104,6 @@ def swap_back_(layer: AdaptedLayer) -> None:
     for parameter in layer.miss_configs:
         del layer._parameters[d_name(parameter)]
         drop_base(layer, parameter)
-    for name in ("_miss_configs", "_miss_depth"):
-        del layer.__dict__[name]
-    object.__setattr__(layer, "__class__", layer.miss_type)
+    for name in ("_miss_configs", "_miss_depth", UNSET):
+        layer.__dict__.pop(name, None)
+    change_class_(layer, layer.miss_type)
