@@ -23,7 +23,7 @@ __all__ = ["load", "save"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets | None = None) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None" = None) -> None:
     """Write the adapters of a model, and all that `load` needs to inject them again, to one file.
 
     The file also holds all else that training changes, and a fingerprint of the base model, by
@@ -50,11 +50,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Targets | None =
             be written. What was at ``path`` is still there then.
         ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
 
-    >>> import tempfile
+    >>> import copy, tempfile
     >>> from miss import inject
+    >>> base = nn.Sequential(nn.Linear(8, 2))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4), f"{folder}/adapter.pt")
-    ...     load(nn.Sequential(nn.Linear(8, 2)), f"{folder}/adapter.pt")[0]
+    ...     save(inject(copy.deepcopy(base), "0", rank=4), f"{folder}/adapter.pt")
+    ...     load(base, f"{folder}/adapter.pt")[0]
     MiSSeLinear(in_features=8, out_features=2, bias=True, rank=4, scale=1.0, dropout=0.0)
     """
     with at("save"):

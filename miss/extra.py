@@ -18,7 +18,7 @@ __all__ = ["RUNNING", "extra_tensors", "trained_names"]
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # the statistics of batch norm
 
 
-def extra_tensors(tree: Tree, extra: Targets | None) -> dict[str, Tensor]:
+def extra_tensors(tree: Tree, extra: "Targets | None") -> dict[str, Tensor]:
     """The tensors that a file holds besides adapters, by full name; a merged layer's base.
 
     Args:

@@ -15,8 +15,8 @@ from miss.tree import Tree
 __all__ = ["ALL_LINEAR", "FORMS", "Hits", "Target", "Targets", "fits", "hits", "is_plain"]
 __all__ += ["listed", "nearest", "only_parameters", "shown", "unknown_name"]
 
-Target: TypeAlias = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
-Targets: TypeAlias = Target | Iterable[Target]
+Target: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
+Targets: TypeAlias = "Target | Iterable[Target]"
 Matcher: TypeAlias = Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
@@ -141,8 +141,8 @@ def nearest(target: Target, names: list[str], weights: Iterable[str] = ()) -> st
         endings = [".".join(name.split(".")[-depth:]) for name in names]
         choices |= {name: repr(name) for name in [*endings, *names]}
         for full in weights:
-            _, *ending = full.rsplit(".", 2)
-            choices.setdefault(full.rpartition(".")[2], f"{'.'.join(ending)!r} (a Parameter)")
+            ending = ".".join(full.split(".")[-2:])
+            choices.setdefault(full.rpartition(".")[2], f"{ending!r} (a Parameter)")
         near = difflib.get_close_matches(pattern, choices, n=3)
     if near:
         return f"a name in the model: did you mean {' or '.join(choices[n] for n in near)}?"

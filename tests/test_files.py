@@ -372,7 +372,7 @@ KILLED = """
         time.sleep(random.uniform(0.0, 0.02 * (1 + kills / 40)))  # longer on a busy machine
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        values = load(torch.nn.Linear(200, 100), path).miss_D.unique().tolist()
+        values = load(torch.nn.Linear(200, 100), path, any_base=True).miss_D.unique().tolist()
         assert values in ([1.0], [2.0]), values
         seen.add(values[0])
         print(int(values[0]), end="")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miss import StateError, inject, interop, load, save
+from miss import StateError, inject, interop
 from tests.models import snapshot
 from tests.test_inject import perturb
 
@@ -102,7 +102,7 @@ def test_what_peft_cannot_hold(tmp_path: pathlib.Path, save_, targets, trainable
 def test_a_lora_directory_is_told_what_to_leave_out(tmp_path: pathlib.Path):
     base = Rater().eval()
     model = trained(copy.deepcopy(base), "body.*", trainable="pre_head")
-    message = r"trained besides adapters.*\n  actual: .*pre_head.bias, .*\n  do: .*extra=\(\)"
+    message = r"more than adapters.*\n  actual: .*pre_head.bias, .*\n  do: .*extra=\(\)"
     with pytest.raises(StateError, match=message):
         interop.lora.save(model, tmp_path)
     interop.lora.save(model, tmp_path, extra=())

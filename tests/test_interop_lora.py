@@ -30,7 +30,7 @@ def test_peft_loads_our_lora(tmp_path: pathlib.Path, name: str):
     for merged in (False, True):
         if merged:
             merge(model)
-        interop.lora.save(model, tmp_path)
+        interop.lora.save(model, tmp_path, extra=())
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
         unmerge(model)
         torch.testing.assert_close(output(theirs, inputs), output(model, inputs))

@@ -231,8 +231,8 @@ def test_a_classifier_comes_back_with_its_accuracy(tmp_path: pathlib.Path):
 
     torch.manual_seed(0)
     model = inject(base(), "all-linear", rank=8)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(12):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(10):
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()

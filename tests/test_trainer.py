@@ -125,7 +125,7 @@ def test_train_checkpoint_resume_save_and_load(tmp_path: pathlib.Path, method: s
     save(model, tmp_path / "adapter.safetensors")
     adapters = sum(layer.miss_D.nbytes for layer in adapted_modules(model).values())
     size = (tmp_path / "adapter.safetensors").stat().st_size
-    assert size < adapters + 8000  # 14 layers' metadata
+    assert size < adapters + 8000 + 400 * 16  # metadata of 14 layers, values of 16 weights
     loaded = load(copy.deepcopy(base), tmp_path / "adapter.safetensors").eval()
     assert torch.equal(loaded(TEXTS).logits, model.eval()(TEXTS).logits)
 
@@ -142,7 +142,7 @@ def test_training_resumed_from_adapters_alone_is_the_uninterrupted_run(
         assert not set(BASE) & set(os.listdir(folder / checkpoint))
     changed = {key for key, tensor in whole.state_dict().items() if not same(tensor, start[key])}
     written = load_file(folder / "checkpoint-8" / "adapter.safetensors")
-    assert changed <= set(written) < set(whole.state_dict())
+    assert changed <= set(written) - {".base"} < set(whole.state_dict())
 
     torch.save(start, tmp_path / "later")  # nothing of the first run is left in memory
     (folder / "checkpoint-8").rename(tmp_path / "checkpoint-8")

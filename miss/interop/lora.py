@@ -16,7 +16,9 @@ from miss.tree import Tree
 __all__ = ["save"]
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], extra: Targets | None = None) -> None:
+def save(
+    model: nn.Module, directory: str | os.PathLike[str], extra: "Targets | None" = None
+) -> None:
     """Write the adapters as a LoRA directory that PEFT and vLLM load.
 
     The files are ``adapter_config.json`` and ``adapter_model.safetensors``. MiSSe becomes ``B = D``
@@ -49,7 +51,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: Targets | N
         found = places(adapted)
         modules, besides = peft_files.saved_modules(tree, adapted, extra_tensors(tree, extra))
         if extra is None and besides:
-            rule = "something is trained besides adapters, and most readers of LoRA refuse it"
+            rule = "more than adapters is to be saved, and most readers of LoRA refuse that"
             do = "extra=() leaves it out; extra=[...] writes these modules, for PEFT; miss.save "
             do += "writes all"
             raise StateError(rule, actual=some(sorted(besides)), do=do)

@@ -28,7 +28,9 @@ __all__ = ["load", "save"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], extra: Targets | None = None) -> None:
+def save(
+    model: nn.Module, directory: str | os.PathLike[str], extra: "Targets | None" = None
+) -> None:
     """Write the adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
 
     PEFT's default form is MiSSe at scale 1 and one rank. ``miss_block`` is D transposed:
