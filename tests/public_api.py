@@ -8,9 +8,9 @@ import pathlib
 import types
 
 import miss
-from miss.checkpoint import IncompatibleKeys
 from miss.forms import LayerConfig
 from miss.layers.names import ShortName, TorchLayer
+from miss.state_dicts import IncompatibleKeys
 from miss.summary import LayerSummary
 
 SNAPSHOT = pathlib.Path(__file__).parent / "public_api.txt"
