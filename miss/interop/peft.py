@@ -147,7 +147,8 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
                 raise CheckpointError(f"the key {record.key} is unexpected")
             records[record.key] = record
             state[record.key] = rearrange(block, "r o -> o r")
-        write_(tree, fit(tree, records, state), set(state) - set(records))
+        trained = [key for key in state if key in others]  # not the base of an adapted layer
+        write_(tree, fit(tree, records, state), trained)
     return model
 
 
