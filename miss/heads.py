@@ -8,7 +8,7 @@ from torch import nn
 
 from miss.layers import AdaptedLayer
 from miss.layers.host import d_name
-from miss.tensors import is_ordinary
+from miss.tensors import is_data
 from miss.tree import Tree, joined
 
 __all__ = ["head_of", "made_anew"]
@@ -96,7 +96,7 @@ def _unmarked(module: nn.Module, prefix: str, lacking: Collection[str]) -> set[i
     """The ids of a module's Parameters without the mark; ``prefix`` precedes their names."""
     found = set()
     for key, parameter in _own(module):
-        plain = is_ordinary(parameter) and parameter.is_floating_point()
+        plain = is_data(parameter) and parameter.is_floating_point()  # on meta: offloaded
         if not plain or getattr(parameter, _LOADED, False):
             continue
         if not any(re.search(pattern, prefix + key) for pattern in lacking):

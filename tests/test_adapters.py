@@ -3,11 +3,22 @@ import threading
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from miss import StateError, adapted_modules, disabled, eject, inject, merge, summary, verify
+from miss import (
+    StateError,
+    TargetError,
+    adapted_modules,
+    disabled,
+    eject,
+    inject,
+    merge,
+    summary,
+    verify,
+)
 from tests.models import TOKENS, Decoder
 from tests.strategies import FORMS
 from tests.test_inject import perturb
@@ -42,6 +53,22 @@ def test_summary_counts():
         assert text in str(result)
     tied = summary(inject(Decoder(), ["lm_head", "q_proj"], rank=2))
     assert tied.total - tied.adapter == base  # the tied weight and the alias count once
+
+
+def test_summary_names_the_large_weights_that_no_adapter_reaches():
+    sizes = {"hidden_size": 8, "moe_intermediate_size": 6, "num_hidden_layers": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4}
+    config = transformers.Qwen3MoeConfig(**sizes, **heads, vocab_size=20)
+    model = inject(transformers.Qwen3MoeForCausalLM(config), "q_proj", rank=2)
+    experts = "model.layers.0.mlp.experts."
+    counts = {"model.embed_tokens.weight": 20 * 8, "model.layers.0.mlp.gate.weight": 4 * 8}
+    counts |= {f"{experts}gate_up_proj": 4 * 12 * 8, f"{experts}down_proj": 4 * 8 * 6}
+    assert summary(model).unreached == counts
+    assert f"no adapter reaches: {experts}gate_up_proj (384)" in str(summary(model))
+    inject(model, "k_proj", rank=2, trainable=["embed_tokens", "gate"])
+    assert set(summary(model).unreached) == {f"{experts}gate_up_proj", f"{experts}down_proj"}
+    with pytest.raises(TargetError, match=r"mean 'experts\.gate_up_proj' \(a Parameter\) or"):
+        inject(model, "gate_proj", rank=2)
 
 
 def test_summary_of_models_without_adapters():
