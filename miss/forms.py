@@ -10,18 +10,20 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from miss import functional
 from miss.errors import ShapeError
 from miss.tensors import ADAPTER_DTYPES
 
-__all__ = ["METHODS", "Form", "LayerConfig", "MiSS", "MiSSe", "MiSSeMini", "check_adapter_dtype"]
-__all__ += ["is_real"]
+__all__ = ["METHODS", "Form", "LayerConfig", "MiSS", "MiSSe", "MiSSeAlternating", "MiSSeMini"]
+__all__ += ["check_adapter_dtype", "is_real", "variant"]
 
 Axes: TypeAlias = tuple[int, int]  # where a Parameter has "out" and where it has "in"
 
@@ -32,7 +34,7 @@ class Form(ABC):
     name: ClassVar[str]  #: as `inject` takes it, and files hold it
     prefix: ClassVar[str]  #: of the names of the adapted classes
     axis: ClassVar[int]  #: 0 if the axis "out" is shared, 1 if "in" is
-    alternate: ClassVar[bool] = False  #: whether the blocks of the input alternate in sign
+    alternate: ClassVar[bool] = False  #: whether the signs of the blocks of "in" alternate
     peft: ClassVar[bool | str | None]  #: PEFT's ``init_weights`` for the form; None if it has none
 
     @staticmethod
@@ -41,8 +43,13 @@ class Form(ABC):
         """For each of ``size`` positions of the shared axis, its place in D; int64, ``(size)``."""
 
     @staticmethod
+    def sign(size: int, rank: int) -> Tensor | None:
+        """The sign of each of ``size`` positions, 1 or -1, int64, ``(size)``; None if all are 1."""
+        return None
+
+    @classmethod
     @abstractmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:
+    def expand(cls, d: Tensor, size: int, axis: int) -> Tensor:
         """``d`` with its ``axis`` of length rank expanded to ``size``: the dense delta of ``d``."""
 
     @staticmethod
@@ -56,9 +63,9 @@ class Form(ABC):
         ``rank`` is the length of the shared axis of ``d``, which may lie anywhere.
         """
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """LoRA's A ``(r, in)`` and B ``(out, r)``: ``B A`` is the ``(out, in)`` delta of ``d``."""
 
     @classmethod
@@ -82,7 +89,11 @@ class Form(ABC):
     def window(cls, d: Tensor, config: "LayerConfig", rows: slice) -> Tensor:
         """`delta` at some positions of the Parameter's first axis; ``d`` comes from `whole`."""
         if config.shared == 0:
-            return d[cls.owner(config.size, config.rank)[rows].to(d.device)]
+            found = d[cls.owner(config.size, config.rank)[rows].to(d.device)]
+            sign = cls.sign(config.size, config.rank)
+            if sign is not None:
+                found *= rearrange(sign[rows].to(d), f"o -> o {'1 ' * (found.dim() - 1)}")
+            return found
         return cls.expand(d[rows], config.size, config.shared)
 
     @classmethod
@@ -91,8 +102,10 @@ class Form(ABC):
         d = cls.whole(d, config)
         index = list(torch.unravel_index(positions.to(d.device), config.shape))
         owner = cls.owner(config.size, config.rank).to(d.device)
-        index[config.shared] = owner[index[config.shared]]
-        return d[tuple(index)]
+        shared = index[config.shared]
+        index[config.shared] = owner[shared]
+        sign = cls.sign(config.size, config.rank)
+        return d[tuple(index)] if sign is None else d[tuple(index)] * sign.to(d)[shared]
 
 
 class MiSSe(Form):
@@ -105,14 +118,15 @@ class MiSSe(Form):
     def owner(size: int, rank: int) -> Tensor:
         return torch.arange(size) % rank
 
-    @staticmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:
-        return functional.expand_blocks(d.movedim(axis, -1), size).movedim(-1, axis)
+    @classmethod
+    def expand(cls, d: Tensor, size: int, axis: int) -> Tensor:
+        d = d.movedim(axis, -1)
+        return functional.expand_blocks(d, size, cls.alternate).movedim(-1, axis)
 
-    @staticmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
         one = torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
-        return functional.expand_blocks(one, size), d
+        return functional.expand_blocks(one, size, cls.alternate), d
 
     add = staticmethod(functional.add_misse)
 
@@ -127,16 +141,32 @@ class MiSS(Form):
     def owner(size: int, rank: int) -> Tensor:
         return functional.expand_shards(torch.arange(rank), size)
 
-    @staticmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:
+    @classmethod
+    def expand(cls, d: Tensor, size: int, axis: int) -> Tensor:
         return functional.expand_shards(d.movedim(axis, 0), size).movedim(0, axis)
 
-    @staticmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
         one = torch.eye(d.shape[0], dtype=d.dtype, device=d.device)
         return d, functional.expand_shards(one, size)
 
     add = staticmethod(functional.add_miss)
+
+
+class MiSSeAlternating(MiSSe):
+    """MiSSe in which block ``c // rank`` of the input enters with the sign ``(-1)^(c // rank)``.
+
+    It is this project's addition to the method. What is common to all inputs cancels out of the
+    block sums.
+    """
+
+    alternate, peft = True, None
+
+    @staticmethod
+    def sign(size: int, rank: int) -> Tensor | None:
+        return 1 - 2 * (torch.arange(size) // rank % 2)
+
+    add = staticmethod(partial(functional.add_misse, alternate=True))
 
 
 class MiSSeMini(MiSSe):
@@ -159,9 +189,21 @@ class MiSSeMini(MiSSe):
 METHODS: dict[str, type[Form]] = {form.name: form for form in (MiSSe, MiSS)}
 
 
-def _form_of(method: str, rows: int | None = None) -> type[Form]:
-    """The form of a file's or a user's ``method``; the mini form if D has ``rows`` of its own."""
-    return MiSSeMini if method == MiSSe.name and rows is not None else METHODS[method]
+def variant(form: type[Form], *, alternate: bool = False, rows: int | None = None) -> type[Form]:
+    """A form with alternating signs, or, if D has ``rows`` of its own, the mini form.
+
+    Raises:
+        ShapeError: the form does not sum blocks of the input.
+    """
+    if not isinstance(alternate, bool) or (alternate and form is not MiSSe):
+        rule = "only MiSSe sums blocks of the input, whose signs can alternate"
+        actual = f"method={form.name!r}, alternate={alternate!r}"
+        raise ShapeError(rule, expected='method="misse", or alternate=False', actual=actual)
+    if alternate and rows is not None:
+        raise ShapeError("the mini form has no alternating signs")
+    if alternate:
+        return MiSSeAlternating
+    return MiSSeMini if form is MiSSe and rows is not None else form
 
 
 @dataclass(frozen=True)
@@ -236,13 +278,15 @@ class LayerConfig:
         """What a file says of the settings; `from_fields` reads it."""
         fields = {"method": self.form.name, "rank": self.rank, "scale": self.scale}
         fields |= {"dropout": self.dropout, "shape": list(self.shape)}
+        fields |= {"alternate": True} if self.form.alternate else {}
         return fields if self.rows is None else fields | {"rows": self.rows}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], axes: Axes) -> "LayerConfig":
         """The settings that a file describes; else a ShapeError, TypeError or KeyError."""
         rest = dict(fields)
-        shape, form = rest.pop("shape"), _form_of(rest.pop("method"), rest.get("rows"))
+        shape, form = rest.pop("shape"), METHODS[rest.pop("method")]
+        form = variant(form, alternate=rest.pop("alternate", False), rows=rest.get("rows"))
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
             raise TypeError("the shape must be a list of ints")
         if len(shape) <= max(axes):

@@ -18,6 +18,7 @@ Every function consists of differentiable torch operations. So each of them work
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -28,8 +29,8 @@ from torch import Tensor
 from miss.tensors import is_dtensor
 
 __all__ = ["Product", "add_miss", "add_misse", "block_factor", "block_mean", "block_reduce"]
-__all__ += ["block_sum", "cycle_rows", "expand_blocks", "expand_shards", "scaled", "shard_runs"]
-__all__ += ["shard_sum"]
+__all__ += ["block_sum", "cycle_rows", "expand_blocks", "expand_shards", "pair", "scaled"]
+__all__ += ["shard_runs", "shard_sum"]
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,7 +38,7 @@ Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 _CHUNK = 1 << 18
 
 
-def block_sum(x: Tensor, rank: int) -> Tensor:
+def block_sum(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     """Sum the blocks of the input (Eq. 4-5).
 
     ``S[..., j]`` is the sum of ``x[..., c]`` over all ``c`` with ``c mod rank == j``. A last block
@@ -46,26 +47,34 @@ def block_sum(x: Tensor, rank: int) -> Tensor:
     Args:
         x: ``(..., i)``.
         rank: from 1 to ``i``.
+        alternate: block ``c // rank`` enters with the sign ``(-1)^(c // rank)``. The blocks are
+            summed to pairs, ``(..., 2 r)``, and these subtracted.
 
     Shape:
         ``(..., i) -> (..., r)``, in the dtype of ``x``.
 
     >>> block_sum(torch.arange(5.0), rank=2)  # 0 + 2 + 4, 1 + 3
     tensor([6., 4.])
+    >>> block_sum(torch.arange(5.0), rank=2, alternate=True)  # 0 - 2 + 4, 1 - 3
+    tensor([ 2., -2.])
     """
+    if alternate:
+        return _difference(block_sum(_at_least(x, 2 * rank), 2 * rank))
     blocks, tail = _split(x, rank)
     total = _reduce(blocks, rank, "sum")
     return total if tail is None else total + tail
 
 
-def block_mean(x: Tensor, rank: int) -> Tensor:
+def block_mean(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     """The mean of the blocks: ``block_sum(x, rank) / g``, where ``g`` includes a short last block.
 
-    The mean stays in range where the sum may overflow fp16.
+    The mean stays in range where the sum may overflow fp16. With alternating signs ``g`` is the
+    next even number.
 
     Args:
         x: ``(..., i)``.
         rank: from 1 to ``i``.
+        alternate: as in `block_sum`.
 
     Shape:
         ``(..., i) -> (..., r)``, in the dtype of ``x``.
@@ -73,6 +82,8 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
     >>> block_mean(torch.tensor([6e4, 1.0, 6e4, 3.0], dtype=torch.float16), rank=2)
     tensor([6.0000e+04, 2.0000e+00], dtype=torch.float16)
     """
+    if alternate:
+        return _difference(0.5 * block_mean(_at_least(x, 2 * rank), 2 * rank))
     blocks, tail = _split(x, rank)
     if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = rearrange(blocks, "... i -> (...) i")
@@ -85,26 +96,32 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
     return mean if tail is None else mean * (whole / (whole + 1)) + tail / (whole + 1)
 
 
-def block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+def block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool = False) -> Tensor:
     """What MiSSe multiplies by D, in ``dtype``: `block_sum`, or in fp16 `block_mean`.
 
     In fp16 the sum may overflow. ``x`` is not cast: it is summed in its own dtype, in half
     precision with torch's fp32 accumulator, and only the result is cast.
     """
-    return (block_mean if dtype == torch.float16 else block_sum)(x, rank).to(dtype)
+    return (block_mean if dtype == torch.float16 else block_sum)(x, rank, alternate).to(dtype)
 
 
-def block_factor(in_features: int, rank: int, dtype: torch.dtype) -> float:
+def block_factor(
+    in_features: int, rank: int, dtype: torch.dtype, alternate: bool = False
+) -> float:
     """The quotient of `block_sum` and `block_reduce`: 1, or in fp16 the number of blocks."""
-    return float(-(-in_features // rank)) if dtype == torch.float16 else 1.0
+    if dtype != torch.float16:
+        return 1.0
+    blocks = -(-in_features // rank)
+    return float(blocks + blocks % 2 if alternate else blocks)
 
 
-def expand_blocks(d: Tensor, in_features: int) -> Tensor:
+def expand_blocks(d: Tensor, in_features: int, alternate: bool = False) -> Tensor:
     """The dense delta of MiSSe at scale 1: column ``c`` is ``d[:, c mod r]`` (Eq. 6).
 
     Args:
         d: ``(..., r)``.
         in_features: ``i``, at least ``r``.
+        alternate: column ``c`` has the sign ``(-1)^(c // r)``.
 
     Shape:
         ``(..., r) -> (..., i)``; for the delta ``(o, r) -> (o, i)``.
@@ -112,8 +129,17 @@ def expand_blocks(d: Tensor, in_features: int) -> Tensor:
     >>> expand_blocks(torch.tensor([[1, 2]]), in_features=5)
     tensor([[1, 2, 1, 2, 1]])
     """
+    d = pair(d) if alternate else d
     rank = d.shape[-1]
     return repeat(d, "... r -> ... (g r)", r=rank, g=-(-in_features // rank))[..., :in_features]
+
+
+def pair(d: Tensor) -> Tensor:
+    """``(d, -d)`` along the last axis, ``(..., r) -> (..., 2 r)``.
+
+    MiSSe with alternating signs and D is MiSSe with twice the rank and this matrix.
+    """
+    return torch.cat((d, -d), dim=-1)
 
 
 def expand_shards(d: Tensor, out_features: int) -> Tensor:
@@ -178,6 +204,7 @@ def add_misse(
     scale: float = 1.0,
     product: Product = F.linear,
     rank: int | None = None,
+    alternate: bool = False,
 ) -> Tensor:
     """``y + scale * d S`` with ``S = block_sum(x)``: MiSSe without its dense delta (Eq. 7).
 
@@ -189,6 +216,7 @@ def add_misse(
         scale: factor of the delta.
         product: the base layer's own operation without a bias, with ``d`` for its weight.
         rank: ``r``, if it is not the length of the last axis of ``d``.
+        alternate: whether the signs of the blocks alternate.
 
     Shape:
         ``(..., o)``. Only ``S`` is cast, not ``x`` or ``y``: ``x`` is summed in its own dtype, in
@@ -200,11 +228,12 @@ def add_misse(
         blocks = -(-x.shape[-1] // rank)
         half = y.dtype == torch.float16  # in fp16 a power of two is exact, and 1 / blocks is not
         power = 2.0 ** -math.ceil(math.log2(blocks)) if half else 1.0
-        s = F.linear(x, power * _zero_one(expand_blocks, rank, x)).to(y.dtype)
+        expand = partial(expand_blocks, alternate=alternate)
+        s = F.linear(x, power * _zero_one(expand, rank, x)).to(y.dtype)
         factor = 1 / power
     else:
-        s = block_reduce(x, rank, y.dtype)
-        factor = block_factor(x.shape[-1], rank, y.dtype)
+        s = block_reduce(x, rank, y.dtype, alternate)
+        factor = block_factor(x.shape[-1], rank, y.dtype, alternate)
     return y + product(s, scaled(d, scale * factor, y.dtype))
 
 
@@ -240,6 +269,17 @@ def add_miss(
     return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
 
 
+def _at_least(x: Tensor, width: int) -> Tensor:
+    """``x``, with zeros up to ``width`` if it is narrower."""
+    return x if x.shape[-1] >= width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _difference(halves: Tensor) -> Tensor:
+    """The first half of the last axis less the second one."""
+    even, odd = rearrange(halves, "... (p r) -> p ... r", p=2)
+    return even - odd
+
+
 def _split(x: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
     """The whole blocks of ``x``, ``(..., g * r)``, and a short last one padded to ``(..., r)``."""
     whole = x.shape[-1] - x.shape[-1] % rank
@@ -262,7 +302,7 @@ def shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]
 
 
 def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:
-    """The 0/1 factor of a form, as wide as the DTensor ``like``.
+    """The factor of a form, of 0, 1 and -1, as wide as the DTensor ``like``.
 
     A product with it is right however ``like`` is sharded. A reshape is not, because a DTensor
     cannot split an axis whose shards are not whole blocks.

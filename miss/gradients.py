@@ -7,7 +7,7 @@ a backward is itself differentiated, transformed by `torch.func` or seen by a di
 import torch
 from torch import Tensor
 
-from miss.functional import expand_blocks, scaled, shard_runs
+from miss.functional import expand_blocks, pair, scaled, shard_runs
 
 __all__ = ["adapter_grad", "add_blocks_", "add_shards_", "miss_input_grad", "misse_input_grad"]
 __all__ += ["rows_of", "times", "transformed", "watched"]
@@ -50,7 +50,13 @@ def add_shards_(y: Tensor, z: Tensor) -> Tensor:
 
 
 def misse_input_grad(
-    dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float
+    dy: Tensor,
+    ds: Tensor | None,
+    weight: Tensor,
+    d: Tensor,
+    scale: float,
+    factor: float,
+    alternate: bool = False,
 ) -> Tensor:
     """``dy (weight + expand_blocks(scale * d))`` plus the part of ``ds``.
 
@@ -58,15 +64,18 @@ def misse_input_grad(
     """
     d = scaled(d, scale, dy.dtype)
     if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
-        return _input_grad_by_tiles(dy, weight, d, rows)
+        return _input_grad_by_tiles(dy, weight, d, rows, alternate)
     part = dy @ d if ds is None else dy @ d + times(ds, 1 / factor)
+    part = pair(part) if alternate else part
     dx = dy @ weight
     if ds is None and _in_place():
         return add_blocks_(dx, part)
     return dx + expand_blocks(part, dx.shape[-1])
 
 
-def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
+def _input_grad_by_tiles(
+    dy: Tensor, weight: Tensor, d: Tensor, rows: int, alternate: bool
+) -> Tensor:
     """The same by tiles of the sum ``weight + expand_blocks(d)``, some rows at a time.
 
     For many tokens building the sum is less work than the product ``dy d``.
@@ -75,7 +84,8 @@ def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Te
     tile = weight.new_empty(rows, weight.shape[1])
     for start in range(0, len(weight), rows):
         some = start, min(rows, len(weight) - start)
-        both = add_blocks_(tile[: some[1]].copy_(weight.narrow(0, *some)), d.narrow(0, *some))
+        part = pair(d.narrow(0, *some)) if alternate else d.narrow(0, *some)
+        both = add_blocks_(tile[: some[1]].copy_(weight.narrow(0, *some)), part)
         dx.view(-1, dx.shape[-1]).addmm_(dy.narrow(1, *some), both, beta=1 if start else 0)
     return dx
 
