@@ -106,7 +106,8 @@ def inject(
         tree.refuse_wrapped()
         if not isinstance(method, str) or method not in METHODS:
             expected, actual = " or ".join(map(repr, METHODS)), f"method={method!r}"
-            raise ShapeError("unknown method", expected=expected, actual=actual)
+            do = "leave it out: 'misse' is the default, which PEFT calls MiSS (once Bone)"
+            raise ShapeError("unknown method", expected=expected, actual=actual, do=do)
         check_adapter_dtype(adapter_dtype)
         beside = besides(tree, trainable)
         left_out = not_linear(tree, beside)
@@ -154,7 +155,10 @@ def _planned(
                 )
             except ShapeError as error:
                 limit = largest_rank(site.module, site.parameter, cls)
-                if not isinstance(own_rank, Integral) or own_rank <= limit:
+                if not isinstance(own_rank, Integral):
+                    error.do = "give an int, or rank=lambda name, module: an int"
+                    raise
+                if own_rank <= limit:
                     raise
                 small.append((named(name), limit, error))
                 continue

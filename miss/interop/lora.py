@@ -5,6 +5,7 @@ import os
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miss import files
 from miss.errors import StateError, at, some
 from miss.extra import extra_tensors
 from miss.functional import scaled
@@ -45,6 +46,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: Targets | N
     """
     with at("save"):
         tree = Tree(model)
+        folder = files.as_path(directory)
         adapted = peft_files.adapted(tree)
         found = places(adapted)
         modules, besides = peft_files.saved_modules(tree, adapted, extra_tensors(tree, extra))
@@ -76,6 +78,5 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: Targets | N
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    folder = os.fspath(directory)
     with at(folder):
         peft_files.write(folder, config_json, tensors)
