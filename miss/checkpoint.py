@@ -64,9 +64,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None"
         tree.require_adapted()
         adapted = own_adapters(tree)
         others = extra_tensors(tree, extra)
-    where = os.fspath(path)
+        where = files.as_path(path)
     with at(where):
-        files.check_path(path)
+        files.check_path(where)
         tensors, records = {}, {}
         for place in places(adapted).values():
             record = record_of(place)
@@ -119,9 +119,15 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         tree = Tree(model)
         tree.refuse_sharded()
         tree.refuse_wrapped()
-    where = os.fspath(path)
+        where = files.as_path(path)
     with at(where):
-        files.check_path(path)
+        if os.path.isfile(os.path.join(where, "adapter_config.json")):
+            do = "miss.interop.peft.load(model, directory)"
+            raise CheckpointError("is a directory that PEFT wrote", do=do)
+        if not os.path.exists(where):
+            do = "give a local path; nothing is downloaded"
+            raise CheckpointError("there is no such file", do=do)
+        files.check_path(where)
         tensors, about, intact = files.read(where)
         records, extra, trained = parse(about)
         base, values = about.get("base", {}), tensors.pop(fingerprint.KEY, None)
@@ -136,7 +142,8 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
                 rule, actual = f"{key} does not fit its metadata", f"{tuple(d.shape)} of {d.dtype}"
                 raise CheckpointError(rule, expected=shape, actual=actual)
         if not intact:
-            raise CheckpointError("is damaged: its content does not match its checksum")
+            rule = "is damaged: its content does not match its checksum"
+            raise CheckpointError(rule, do="save or copy it again")
         fitted = fit(tree, records, tensors)
         differing = [] if any_base else fingerprint.differing(tree, base, values)
         wrong, others = _by_adapter(tree, records.values(), differing)

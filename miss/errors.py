@@ -7,7 +7,7 @@ like keep working.
 from collections.abc import Sequence
 
 __all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError"]
-__all__ += ["at", "merged_error", "named", "no_adapter_error", "some"]
+__all__ += ["at", "brief", "merged_error", "named", "no_adapter_error", "some"]
 
 
 class MissError(Exception):
@@ -72,6 +72,13 @@ class at:  # noqa: N801  # it reads as a word: with at("encoder.0")
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if isinstance(error, MissError):
             error.where = error.where or self.where
+
+
+def brief(value: object) -> str:
+    """The type and the start of the ``repr`` of a wrong argument, on one line."""
+    kind, text = type(value).__name__, " ".join(repr(value).split())
+    text = text if len(text) <= 60 else f"{text:.57}..."
+    return text if value is None or text.startswith(kind) else f"{kind} {text}"
 
 
 def named(name: str) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miss.errors import CheckpointError
+from miss.errors import CheckpointError, brief
 from miss.tensors import contiguous, is_data
 
-__all__ = ["FORMAT", "Content", "check_path", "check_tensors", "read", "read_tensors"]
+__all__ = ["FORMAT", "Content", "as_path", "check_path", "check_tensors", "read", "read_tensors"]
 __all__ += ["safetensors", "safetensors_bytes", "write", "write_bytes"]
 
 FORMAT = 2  # of the description; a reader refuses a higher one
@@ -37,12 +38,25 @@ class Content(NamedTuple):
     intact: bool
 
 
-def check_path(path: str | os.PathLike[str]) -> None:
+def as_path(path: str | os.PathLike[str]) -> str:
+    """``path`` as a str; a `CheckpointError` if it is no path."""
+    if isinstance(path, (str, os.PathLike)):
+        return os.fspath(path)
+    do = "give the name of a file or a directory"
+    if isinstance(path, Mapping):
+        do = "miss.load_adapter_state_dict(model, state) loads a state"
+    rule = "the path must be a str or an os.PathLike"
+    raise CheckpointError(rule, actual=brief(path), do=do)
+
+
+def check_path(path: str) -> None:
     """Raise a `CheckpointError` unless ``path`` ends in ``.safetensors`` or ``.pt``."""
-    if os.path.splitext(os.fspath(path))[1] not in (".safetensors", ".pt"):
+    stem, suffix = os.path.splitext(path)
+    if suffix not in (".safetensors", ".pt"):
         expected = ".safetensors (recommended) or .pt"
-        do = "miss.interop.peft.load(model, directory), if PEFT wrote this directory"
-        do = do if os.path.isdir(path) else ""
+        do = f"miss.save(model, {f'{stem}.safetensors'!r}) writes such a file"
+        if os.path.isdir(path):
+            do = "give a file in this directory, such as adapter.safetensors"
         raise CheckpointError("unsupported file suffix", expected=expected, do=do)
 
 
@@ -96,6 +110,11 @@ def write_bytes(path: str, content: bytes) -> None:
     except (OSError, ValueError) as error:  # the working directory is gone; a null byte
         raise CheckpointError(f"cannot be written: {error}") from error
     folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        do = "make it first, with os.makedirs"
+        raise CheckpointError(f"cannot be written: there is no folder {folder}", do=do)
+    if os.path.isdir(target):
+        raise CheckpointError("cannot be written: it is a directory", do="give a file in it")
     temporary = os.path.join(folder, f".miss-{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -131,7 +150,8 @@ def read(path: str) -> Content:
     """
     text, tensors = read_tensors(path)
     if not isinstance(text, str):
-        raise CheckpointError(f"has no metadata {KEY!r}: it was not written by miss.save")
+        rule = f"has no metadata {KEY!r}: it was not written by miss.save"
+        raise CheckpointError(rule, do=_reader(tensors))
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -151,16 +171,35 @@ def read(path: str) -> Content:
         raise CheckpointError(f"its metadata {KEY!r} is nested too deeply") from error
 
 
+def _reader(names: Mapping[str, Any]) -> str:
+    """What reads a file that `write` did not write."""
+    if any(name.startswith("base_model.") for name in names):
+        return "miss.interop.peft.load(model, directory), with PEFT's adapter_config.json"
+    if any(name.rpartition(".")[2].startswith("miss_D") for name in names):
+        return "miss.load_adapter_state_dict(model, state), if it holds an adapter_state_dict"
+    return "model.load_state_dict(state), if it holds the state of a whole model"
+
+
 def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
     """The text under `KEY`, if any, and the tensors of a file, on the CPU; errors as in `read`."""
     reader = _read_safetensors if path.endswith(".safetensors") else _read_pt
     if reader is _read_safetensors:
         safetensors()  # outside of `try`: that it is absent says nothing about the file
+    if not os.path.exists(path):
+        raise CheckpointError(
+            "there is no such file", do="give a local path; nothing is downloaded"
+        )
+    do = "save or copy it again, if it was cut off"
     try:
         return reader(path)
+    except pickle.UnpicklingError as error:
+        rule = "cannot be read: it is damaged, or holds more than tensors, and no code in it is run"
+        do = "give a file that miss.save wrote; torch.load reads pickled models"
+        raise CheckpointError(rule, do=do) from error
     except Exception as error:  # a damaged file raises errors of many kinds
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot be read: {why}") from error
+        why = why.split(". ")[0] if os.path.getsize(path) else "it is empty"
+        raise CheckpointError(f"cannot be read: {why}", do=do) from error
 
 
 def safetensors() -> Any:
@@ -199,8 +238,10 @@ def _read_safetensors(path: str) -> tuple[Any, dict[str, Tensor]]:
 
 def _read_pt(path: str) -> tuple[Any, dict[str, Tensor]]:
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
+    if not isinstance(content, dict):
         return None, {}
+    if not isinstance(content.get("tensors"), dict):
+        return None, {str(name): tensor for name, tensor in content.items()}
     tensors = content["tensors"]
     for name, tensor in tensors.items():
         if not isinstance(name, str) or type(tensor) is not Tensor:

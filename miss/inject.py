@@ -1,33 +1,26 @@
 """`inject` puts adapters into a model, in place, and `eject` takes them out."""
 
 from collections.abc import Callable, Iterable
-from numbers import Integral
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from miss.errors import ShapeError, StateError, TargetError, at, merged_error, named
+from miss.errors import ShapeError, StateError, at, named
 from miss.forms import METHODS, check_adapter_dtype
-from miss.layers import (
-    AdaptedLayer,
-    class_of,
-    host_of,
-    looks_linear,
-    path_of,
-    refusal,
-)
+from miss.layers import AdaptedLayer, class_of
 from miss.layers.forwards import refuse_replaced
 from miss.layers.host import d_name
-from miss.layers.swap import Adapter, largest_rank, new_adapter, swap_, swap_back_
+from miss.layers.swap import Adapter, swap_, swap_back_
 from miss.matching import Targets
 from miss.merging import bake_, check_mergeable, check_restorable, guard, places, restore_
-from miss.parents import place_hooks, read_weights, refuse_offloaded, remove_hooks
-from miss.targets import Site, select
+from miss.parents import place_hooks, refuse_offloaded, remove_hooks
+from miss.plan import candidates, planned
+from miss.targets import select
 from miss.trained import besides, not_linear, unadapted_head, warn_of_frozen, warn_of_half
-from miss.tree import Tree, joined
+from miss.tree import Tree
 
-__all__ = ["SKIPPED", "adopt_all_", "candidates", "eject", "inject"]
+__all__ = ["SKIPPED", "adopt_all_", "eject", "inject"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,13 +101,14 @@ def inject(
         tree.refuse_wrapped()
         if not isinstance(method, str) or method not in METHODS:
             expected, actual = " or ".join(map(repr, METHODS)), f"method={method!r}"
-            raise ShapeError("unknown method", expected=expected, actual=actual)
+            do = "leave it out: 'misse' is the default, which PEFT calls MiSS (once Bone)"
+            raise ShapeError("unknown method", expected=expected, actual=actual, do=do)
         check_adapter_dtype(adapter_dtype)
         beside = besides(tree, trainable)
         left_out = not_linear(tree, beside)
         found = select(tree, targets, candidates(tree), exclude=exclude, not_linear=left_out)
         refuse_offloaded(tree, (site.module for site in found.adapt))
-        plan = _planned(found.adapt, method, rank, scale, dropout, adapter_dtype)
+        plan = planned(found.adapt, method, rank, scale, dropout, adapter_dtype)
         layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
         trained = beside.parameters | (unadapted_head(tree, layers) if freeze else {})
         warn_of_half(trained)
@@ -124,68 +118,6 @@ def inject(
         for module, reason in found.skipped:
             module.__dict__[SKIPPED] = reason
         return model
-
-
-def _planned(
-    sites: list[Site],
-    method: str,
-    rank: int | Callable[[str, nn.Module], int],
-    scale: float | Callable[[str, nn.Module], float],
-    dropout: float,
-    adapter_dtype: torch.dtype | None,
-) -> list[Adapter]:
-    """The adapters of the sites, allocated; layers too small for their rank are named at once."""
-    plan: list[Adapter] = []
-    small: list[tuple[str, int, ShapeError]] = []
-    for site in sites:
-        with at(named(site.name)):
-            _check_unadapted(site, method)
-            cls = _class_for(site.module, method)
-            alone = len(cls.miss_host.axes) == 1
-            name = site.name if alone else joined(site.name, site.parameter)
-            own_rank = rank(name, site.module) if callable(rank) else rank
-            own_scale = scale(name, site.module) if callable(scale) else scale
-            try:
-                adapter = new_adapter(
-                    site.module,
-                    site.parameter,
-                    cls,
-                    own_rank,
-                    scale=own_scale,
-                    dropout=dropout,
-                    adapter_dtype=adapter_dtype,
-                )
-            except ShapeError as error:
-                limit = largest_rank(site.module, site.parameter, cls)
-                if not isinstance(own_rank, Integral) or own_rank <= limit:
-                    raise
-                small.append((named(name), limit, error))
-                continue
-        plan.append(adapter)
-    if small:
-        raise _too_small(small)
-    return plan
-
-
-def _too_small(small: list[tuple[str, int, ShapeError]]) -> ShapeError:
-    """The error of the first layer that is too small for its rank; it names the others too."""
-    name, _, error = small[0]
-    others = [f"{other} (at most {limit})" for other, limit, _ in small[1:]]
-    if others:
-        error.actual = f"{error.actual}; too small as well: {', '.join(others)}"
-    error.do = "give a smaller rank, exclude these layers, or pass rank=lambda name, module: ..."
-    error.where = name
-    return error
-
-
-def candidates(tree: Tree) -> dict[int, str | None]:
-    """By id, why each module that looks linear or has a host cannot be adapted; None if it can."""
-    read = read_weights(tree)
-    reasons = {}
-    for module in tree.unique:
-        if host_of(module) is not None or looks_linear(module) or id(module) in read:
-            reasons[id(module)] = read.get(id(module)) or refusal(module)
-    return reasons
 
 
 def adopt_all_(tree: Tree, plan: list[Adapter], trained: Iterable[Tensor], freeze: bool) -> None:
@@ -255,32 +187,6 @@ def eject(model: Model, *, merge: bool = False) -> Model:
             module.__dict__.pop(SKIPPED, None)
             module.__dict__.pop(INJECTED, None)
         return model
-
-
-def _check_unadapted(site: Site, method: str) -> None:
-    """Raise a `StateError` if a Parameter, or its layer in another form, is adapted already."""
-    layer = site.module
-    if not isinstance(layer, AdaptedLayer):
-        return
-    if site.parameter in layer.miss_configs:
-        do = "miss.eject(model), or leave it out with exclude"
-        raise StateError("is adapted already", do=do)
-    if layer.miss_form.name != method:
-        rule, actual = "is adapted in another form; a layer has one", f"method={method!r}"
-        raise StateError(rule, expected=f"method={layer.miss_form.name!r}", actual=actual)
-    if layer.miss_merged:
-        raise merged_error("another of its Parameters cannot be adapted")
-
-
-def _class_for(module: nn.Module, method: str) -> type[AdaptedLayer]:
-    """The class that adapts a module, or the one that it has already."""
-    if isinstance(module, AdaptedLayer):
-        return type(module)
-    host = host_of(module)
-    if host is None:
-        rule = f"no host adapts a {path_of(type(module))}"
-        raise TargetError(rule, do="miss.register(type, host)")
-    return class_of(type(module), host, METHODS[method])
 
 
 def _check_class(layer: AdaptedLayer) -> None:

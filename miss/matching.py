@@ -3,12 +3,14 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Container, Iterable
+import sys
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from miss.errors import TargetError, at
+from miss.errors import TargetError, at, brief
 from miss.layers import looks_linear
 from miss.tree import Tree
 
@@ -55,7 +57,8 @@ def _first_key(module: nn.Module, parameter: Tensor) -> str:
 def listed(targets: Targets, argument: str) -> list[Target]:
     """``targets`` as a list, each item checked to be of a known form."""
     items: list[Any] = [targets]
-    if isinstance(targets, Iterable) and not isinstance(targets, str) and not callable(targets):
+    single = isinstance(targets, (str, bytes, Mapping, Tensor)) or callable(targets)
+    if isinstance(targets, Iterable) and not single:
         items = list(targets)
     for item in items:
         known = isinstance(item, str)
@@ -66,8 +69,25 @@ def listed(targets: Targets, argument: str) -> list[Target]:
             known = not isinstance(item, nn.Module)
         if not known:
             with at(argument):
-                raise TargetError("unknown form of target", expected=FORMS, actual=repr(item))
+                do = _instead(item, argument)
+                rule, actual = "unknown form of target", brief(item)
+                raise TargetError(rule, expected=FORMS, actual=actual, do=do)
     return items
+
+
+def _instead(item: object, argument: str) -> str:
+    """What to write instead of a target of an unknown form."""
+    if isinstance(item, Mapping):
+        return "give a list of names; rank and scale may be functions of a layer's name and module"
+    if isinstance(item, nn.Module):
+        return "give its name, as in model.named_modules()"
+    if isinstance(item, Tensor):
+        return "give its name, as in model.named_parameters()"
+    if isinstance(item, getattr(sys.modules.get("peft.config"), "PeftConfigMixin", ())):
+        return "give its values: miss.inject(model, config.target_modules, rank=config.r)"
+    if argument == "targets":
+        return "name layers, such as 'q_proj', or pass 'all-linear'"
+    return "name modules, such as 'lm_head', or pass () for none"
 
 
 def is_plain(target: Target) -> bool:
@@ -114,13 +134,33 @@ def unknown_name(
         start: says the target if the place does not.
         weights: the full names of Parameters that can be meant.
     """
+    rule, do = f"{start}matches nothing", ""
     expected = (
         nearest(target, names, weights) or "a model with a torch.nn.Linear or a registered type"
     )
-    if isinstance(target, str) and set(target) & set("(|\\$"):
-        rule = f"{start}matches nothing; a string is no regular expression"
-        return TargetError(rule, expected=expected, do=f"re.compile({target!r})")
-    return TargetError(f"{start}matches nothing", expected=expected)
+    if isinstance(target, str):
+        several = re.split(r"[,\s]+", target.strip(" ,"))
+        if _is_expression(target, names):
+            rule, do = f"{rule}; a string is no regular expression", f"re.compile({target!r})"
+        elif len(several) > 1:
+            rule, do = f"{rule}; a string is one name", f"give a list: {several}"
+    if not do and not _close(target, names, weights):
+        do = "model.named_modules() has the names"
+        do = do if start else f"{do}; 'all-linear' is every linear layer"
+    return TargetError(rule, expected=expected, do=do)
+
+
+def _is_expression(target: str, names: Iterable[str]) -> bool:
+    """Whether a string that matches nothing is meant as a regular expression."""
+    if set(target) & set("(|\\$"):
+        return True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what re says of strings that are no expression
+            pattern = re.compile(target)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return any(map(pattern.fullmatch, names))
 
 
 def shown(target: Target) -> str:
@@ -133,17 +173,22 @@ def nearest(target: Target, names: list[str], weights: Iterable[str] = ()) -> st
 
     A Parameter is known by its own name, and hinted with its module's, as a target names it.
     """
-    pattern = target.pattern if isinstance(target, re.Pattern) else target
-    choices: dict[str, str] = {ALL_LINEAR: repr(ALL_LINEAR)}
-    near: list[str] = []
-    if isinstance(pattern, str):
-        depth = pattern.count(".") + 1
-        endings = [".".join(name.split(".")[-depth:]) for name in names]
-        choices |= {name: repr(name) for name in [*endings, *names]}
-        for full in weights:
-            ending = ".".join(full.split(".")[-2:])
-            choices.setdefault(full.rpartition(".")[2], f"{ending!r} (a Parameter)")
-        near = difflib.get_close_matches(pattern, choices, n=3)
-    if near:
-        return f"a name in the model: did you mean {' or '.join(choices[n] for n in near)}?"
+    if near := _close(target, names, weights):
+        return f"a name in the model: did you mean {' or '.join(near)}?"
     return f"a name in the model, such as {', '.join(map(repr, names[:5]))}" if names else None
+
+
+def _close(target: Target, names: list[str], weights: Iterable[str]) -> list[str]:
+    """Up to three names for a mistyped target, in either case of letters."""
+    pattern = target.pattern if isinstance(target, re.Pattern) else target
+    if not isinstance(pattern, str):
+        return []
+    choices = {ALL_LINEAR: repr(ALL_LINEAR)}
+    depth = pattern.count(".") + 1
+    endings = [".".join(name.split(".")[-depth:]) for name in names]
+    for name in [*endings, *names]:
+        choices.setdefault(name.lower(), repr(name))
+    for full in weights:
+        own, ending = full.rpartition(".")[2], ".".join(full.split(".")[-2:])
+        choices.setdefault(own.lower(), f"{ending!r} (a Parameter)")
+    return [choices[near] for near in difflib.get_close_matches(pattern.lower(), choices, n=3)]

@@ -143,9 +143,11 @@ def check_mergeable(tree: Tree, found: Mapping[str, Place]) -> None:
     for place in found.values():
         if place.base is None:
             with at(named(place.name)):
-                reason = _unfit(place) or _tied(place, held) or _not_finite(place)
-                if reason is not None:
+                if (reason := _unfit(place) or _not_finite(place)) is not None:
                     raise StateError(f"cannot be merged: {reason}")
+                if (reason := _tied(place, held)) is not None:
+                    do = "use it unmerged, or inject again with this layer in exclude"
+                    raise StateError(f"cannot be merged: {reason}", do=do)
 
 
 def check_restorable(tree: Tree, found: Mapping[str, Place]) -> None:
@@ -155,7 +157,8 @@ def check_restorable(tree: Tree, found: Mapping[str, Place]) -> None:
         if place.base is not None:
             with at(named(place.name)):
                 if (reason := _unrestorable(place) or _tied(place, held)) is not None:
-                    raise StateError(f"cannot be unmerged: {reason}")
+                    do = "put it back; or miss.eject(model, merge=True), which keeps the weights"
+                    raise StateError(f"cannot be unmerged: {reason}", do=do)
 
 
 def bake_(place: Place) -> None:
@@ -250,7 +253,7 @@ def _unfit(place: Place) -> str | None:
         return f"its {gone} is no parameter of its own any more (parametrized, pruned?)"
     for key, tensor in ((name, weight), (d_name(name), d)):
         if tensor.dtype not in ADAPTER_DTYPES:
-            return f"its {key} is quantised ({tensor.dtype})"
+            return f"its {key} is quantised ({tensor.dtype}): load the base in half precision"
         if (reason := unwritable(tensor)) is not None:
             return f"its {key} {reason}"
     for key, tensor, shape in (

@@ -9,19 +9,20 @@ from torch import Tensor, nn
 from miss import files
 from miss.errors import CheckpointError, StateError, at, merged_error, named
 from miss.forms import METHODS
-from miss.inject import adopt_all_, candidates
+from miss.inject import adopt_all_
 from miss.layers import AdaptedLayer, class_of, host_of, parameters_of, path_of
 from miss.layers.host import base_name, d_name
 from miss.layers.swap import Adapter, new_d
 from miss.merging import places
 from miss.parents import refuse_offloaded
+from miss.plan import candidates
 from miss.records import Record, record_of
 from miss.tensors import can_be_trained, same, unwritable
 from miss.trained import unadapted_head
 from miss.tree import Tree, joined
 
 __all__ = ["Fit", "check_fit", "check_keys", "copy_", "fit", "named_tensors", "own_adapters"]
-__all__ += ["refuse_merged", "write_"]
+__all__ += ["no_module", "refuse_merged", "write_"]
 
 
 class Fit(NamedTuple):
@@ -51,13 +52,17 @@ def fit(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]
         _check_same(records, adapted)
         slots: dict[str, Tensor] = {record_of(p).key: p.d for p in places(adapted).values()}
     else:
-        plan = _plan(tree, records, tensors)
+        try:
+            plan = _plan(tree, records, tensors)
+        except CheckpointError as error:
+            error.do = error.do or "load it into the model whose adapters were saved"
+            raise
         slots = dict(zip(records, (adapter.d for adapter in plan)))
     for name, module in tree.of_type(nn.Module).items():
         named_ones = named_tensors(name, module)
         slots |= {key: tensor for key, tensor in named_ones.items() if key in tensors}
     check_keys([], sorted(set(tensors) - set(slots)))
-    check_fit(tensors, slots)
+    check_fit(tensors, slots, "build the model as the saved one was built")
     return Fit(tensors, slots, plan)
 
 
@@ -115,25 +120,31 @@ def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
     return {joined(name, k): t for k, t in own.items() if t is not None and k not in transient}
 
 
-def check_keys(missing: list[str], unexpected: list[str], against: str = "the model") -> None:
+def check_keys(
+    missing: list[str], unexpected: list[str], against: str = "the model", do: str = ""
+) -> None:
     """Raise a `CheckpointError` unless both lists are empty."""
     counts = []
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
             counts.append(f"{len(keys)} {kind}: {', '.join(map(str, keys[:5]))}")
     if counts:
-        raise CheckpointError(f"the keys are not those of {against}", actual="; ".join(counts))
+        rule = f"the keys are not those of {against}"
+        raise CheckpointError(rule, actual="; ".join(counts), do=do)
 
 
-def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
-    """Check each tensor against the one that it replaces: same shape, and no value is rounded."""
+def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor], shaped: str = "") -> None:
+    """Check each tensor against the one that it replaces: same shape, and no value is rounded.
+
+    ``shaped`` says what to do if a tensor has another shape.
+    """
     files.check_tensors(tensors)
     for key, tensor in tensors.items():
         slot = slots[key]
         expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slot, tensor))
         if tensor.shape != slot.shape:
             rule = f"{key} has another shape"
-            raise CheckpointError(rule, expected=expected, actual=actual)
+            raise CheckpointError(rule, expected=expected, actual=actual, do=shaped)
         if tensor.dtype != slot.dtype and not same(tensor.to(slot.dtype).to(tensor.dtype), tensor):
             rule = f"{key} has another dtype, and its values would be rounded"
             do = (
@@ -172,7 +183,7 @@ def _plan(
     for key, (name, parameter, path, config) in records.items():
         module = tree.modules.get(name)
         if module is None:
-            raise CheckpointError(f"the model has no module {name!r}")
+            raise no_module(tree, name)
         kind = f"is a {path_of(type(module))}"
         host = host_of(module)
         reason = reasons.get(id(module), kind)
@@ -203,11 +214,22 @@ def _plan(
     return list(plan.values())
 
 
+def no_module(tree: Tree, name: str) -> CheckpointError:
+    """The error of an adapter for a module that the model has not, or has under a longer name."""
+    error = CheckpointError(f"the model has no module {name!r}")
+    for longer in tree.modules:
+        if name and longer.endswith(f".{name}"):
+            error.do = f"load it into the model's part {longer.removesuffix(f'.{name}')!r}"
+            break
+    return error
+
+
 def _check_same(records: Mapping[str, Record], adapted: Mapping[str, AdaptedLayer]) -> None:
     """Check a file's adapters against a model's: the keys, and all settings except dropout."""
     own = {(record := record_of(place)).key: record for place in places(adapted).values()}
     missing = [key for key in own if key not in records]
-    check_keys(missing, [key for key in records if key not in own])
+    do = "miss.eject(model) first: a model without adapters is injected as the file says"
+    check_keys(missing, [key for key in records if key not in own], do=do)
     for key, record in records.items():
         theirs, ours = record.config.fields(), own[key].config.fields()
         if record.host != own[key].host:
@@ -217,4 +239,4 @@ def _check_same(records: Mapping[str, Record], adapted: Mapping[str, AdaptedLaye
             if theirs.get(field) != ours.get(field):
                 rule = f"the {field} of {named(record.module)!r} is not the model's"
                 expected, actual = ours.get(field), theirs.get(field)
-                raise CheckpointError(rule, expected=expected, actual=actual)
+                raise CheckpointError(rule, expected=expected, actual=actual, do=do)

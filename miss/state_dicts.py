@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from miss import files
-from miss.errors import CheckpointError, StateError, at
+from miss.errors import CheckpointError, StateError, at, brief
 from miss.forms import Form, is_real
 from miss.layers.loading import KEY, about_of, check_form, metadata
 from miss.merging import places
@@ -73,8 +73,8 @@ def load_adapter_state_dict(
         ``(missing_keys, unexpected_keys)``.
 
     Raises:
-        CheckpointError: a key is missing or unexpected; a tensor is of another form or
-            shape, would be rounded, is not finite, or has no elements.
+        CheckpointError: ``state`` is no mapping; a key is missing or unexpected; a tensor is of
+            another form or shape, would be rounded, is not finite, or has no elements.
         StateError: the model is merged, something shards it, or a D cannot be written.
 
     >>> from miss import inject
@@ -87,17 +87,22 @@ def load_adapter_state_dict(
         tree.refuse_sharded()
         adapted = own_adapters(tree)
         refuse_merged(adapted)
+        if not isinstance(state, Mapping):
+            rule, expected = "the state must be a mapping", "what adapter_state_dict returned"
+            do = "miss.load(model, path) loads a file that miss.save wrote"
+            raise CheckpointError(rule, expected=expected, actual=brief(state), do=do)
         found = {record_of(place).key: place for place in places(adapted).values()}
         missing = [key for key in found if key not in state]
         unexpected = [key for key in state if key not in found]
         if strict:
-            check_keys(missing, unexpected)
+            do = "give what adapter_state_dict returned; strict=False loads the keys that fit"
+            check_keys(missing, unexpected, do=do)
         tensors = {key: tensor for key, tensor in state.items() if key in found}
         for key in tensors:
             with at(f"load_adapter_state_dict, {key}"):
                 _check_form(found[key].layer.miss_form, about_of(state, key))
         slots: dict[str, Tensor] = {key: place.d for key, place in found.items()}
-        check_fit(tensors, slots)
+        check_fit(tensors, slots, "inject with the rank and the method of the state, onto its base")
         copy_(tensors, slots)
         return IncompatibleKeys(missing, unexpected)
 
@@ -124,11 +129,12 @@ def combine(adapters: Iterable[tuple[Mapping[str, Tensor], float]]) -> OrderedDi
     >>> dict(combine([(one, 0.5), (two, 2.0)]))
     {'0.miss_D': tensor([[8.5000, 1.0000]])}
     """
-    pairs = list(adapters)
+    pairs = list(adapters) if isinstance(adapters, Iterable) else []
     with at("combine"):
         if not pairs or not all(map(_is_pair, pairs)):
             rule = "needs (state, weight) pairs, at least one"
-            raise CheckpointError(rule, actual=f"{pairs!r:.80}")
+            do = "miss.combine([(state, 0.5), (other, 0.5)])"
+            raise CheckpointError(rule, actual=brief(adapters), do=do)
         first = pairs[0][0]
         known = all(d.dtype in ADAPTER_DTYPES for d in first.values() if isinstance(d, Tensor))
         if not first or not known:
@@ -154,8 +160,9 @@ def _check_term(state: Mapping[str, Tensor], weight: float, first: Mapping[str, 
     if not is_real(weight):
         raise CheckpointError("the weight must be a finite number", actual=repr(weight))
     unexpected = [key for key in state if key not in first]
-    check_keys([key for key in first if key not in state], unexpected, "adapter 0")
-    check_fit(state, first)
+    do = "combine adapters of the same layers"
+    check_keys([key for key in first if key not in state], unexpected, "adapter 0", do)
+    check_fit(state, first, "combine adapters of one rank and method")
     for key in state:
         if state[key].dtype != first[key].dtype:
             expected, actual = first[key].dtype, state[key].dtype
@@ -171,4 +178,6 @@ def _check_form(form: type[Form], about: Mapping[str, Any]) -> None:
     try:
         check_form(form, about)
     except StateError as error:
-        raise CheckpointError(error.rule, expected=error.expected, actual=error.actual) from None
+        do = f"inject with method={about.get('form')!r}"
+        found = error.expected, error.actual
+        raise CheckpointError(error.rule, expected=found[0], actual=found[1], do=do) from None

@@ -205,6 +205,8 @@ def _no_match(
         return TargetError(rule)
     if hits.modules:
         kinds = ", ".join(sorted({type(module).__name__ for module in hits.modules.values()}))
+        if any(candidates.get(key, "") is None for key in tree.inside(hits.modules.values())):
+            return _container(target, tree.first[next(iter(hits.modules))], names, kinds)
         held: list[str] = []
         for key, module in hits.modules.items():
             for parameter, tensor in module._parameters.items():
@@ -212,6 +214,7 @@ def _no_match(
         own = f"; their Parameters are {', '.join(map(repr, held[:5]))}" if held else ""
         rule = "matches no torch.nn.Linear and no layer of a registered type"
         do = "miss.register(type, host), for a type of your own"
+        do = f"{do}; trainable={target!r} trains it whole" if isinstance(target, str) else do
         return TargetError(
             rule, expected=matching.nearest(target, names), actual=kinds + own, do=do
         )
@@ -219,13 +222,29 @@ def _no_match(
         return matching.only_parameters(target, list(hits.left))
     if target == ALL_LINEAR and names:
         rule = "matches nothing: it leaves out the output head and what trainable names"
-        return TargetError(rule, actual=f"linear layers: {', '.join(map(repr, names[:5]))}")
+        actual = f"linear layers: {', '.join(map(repr, names[:5]))}"
+        return TargetError(rule, actual=actual, do="name one of these in targets")
     others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]
     if not names and others:
-        kinds = ", ".join(sorted({type(module).__name__ for module in others}))
-        kinds = f"linear layers that cannot be adapted: {kinds}"
-        return TargetError("matches nothing", actual=kinds)
+        first = others[0]
+        actual = f"{named(tree.first[id(first)])} {candidates[id(first)]}"
+        return TargetError("matches nothing; no linear layer can be adapted", actual=actual)
+    if target == ALL_LINEAR:
+        rule, do = "matches nothing: the model has no linear layer", "name layers of other types"
+        return TargetError(rule, do=f"{do}, which miss.register(type, host) makes adaptable")
+    if matching.is_plain(target) and any(matching.fits(str(target), n) for n in _parameters(tree)):
+        rule = "matches a Parameter that is no matrix, and only matrices are adapted"
+        return TargetError(rule, do=f"trainable={target!r} trains it")
     weights: list[str] = []
     for held_under in tree.weights.values():
         weights += [full for full, module, _ in held_under if not looks_linear(module)]
     return matching.unknown_name(target, names, weights=weights)
+
+
+def _container(target: Target, name: str, names: list[str], kinds: str) -> TargetError:
+    """The error of a target that matches modules that hold layers; ``name`` is the first one's."""
+    rule, do = "matches modules that hold layers, and no layer", ""
+    if isinstance(target, str) and matching.is_plain(target):
+        inside = f"{name}.*" if name == target else f"*.{target}.*"
+        do = f"{inside if name else '*'!r} adapts those inside"
+    return TargetError(rule, expected=matching.nearest(target, names), actual=kinds, do=do)

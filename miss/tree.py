@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from miss.errors import StateError, TargetError, at, no_adapter_error
+from miss.errors import StateError, TargetError, at, brief, no_adapter_error
 from miss.layers import AdaptedLayer
 from miss.tensors import has_two_axes, is_dtensor, is_managed
 
@@ -51,8 +51,7 @@ class Tree:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             with at("model"):
-                actual = type(model).__name__
-                raise TargetError("must be a module", expected="torch.nn.Module", actual=actual)
+                raise _no_module(model)
         self.model = model
         self.entries: list[Entry] = []
         self._wrappers = _wrappers()
@@ -230,6 +229,14 @@ _REPLICAS = {
     "DistributedDataParallel": ("torch.nn.parallel", "DistributedDataParallel"),
     "replicate": ("torch.distributed._composable.replicate", "DDP"),
 }
+
+
+def _no_module(given: Any) -> TargetError:
+    """The error of a model that is none."""
+    actual, do = brief(given), "give the model itself, as the first argument"
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        actual, do = f"the class {given.__name__}", f"give an instance: {given.__name__}(...)"
+    return TargetError("must be a module", expected="a torch.nn.Module", actual=actual, do=do)
 
 
 def _loaded(home: str, name: str) -> Any:

@@ -1,6 +1,7 @@
 """`verify` runs a model once and checks that every adapter takes part."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,8 +34,9 @@ def verify(model: nn.Module, *args: Any, backward: bool = False, **kwargs: Any) 
             Afterwards the Parameters have the gradients that they had.
 
     Raises:
-        StateError: the model has no adapter; some were not called, or got no gradient: the message
-            names each; or, with ``backward``, the model is merged.
+        StateError: the model has no adapter; no input is given and the model needs one; some
+            adapters were not called, or got no gradient: the message names each; or, with
+            ``backward``, the model is merged.
 
     >>> from miss import inject
     >>> model = inject(nn.Sequential(nn.Linear(8, 2)), "0", rank=4)
@@ -46,6 +48,12 @@ def verify(model: nn.Module, *args: Any, backward: bool = False, **kwargs: Any) 
 
 def _verify(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> None:
     adapted, model = tree.require_adapted(), tree.model
+    if not args and not kwargs:
+        try:
+            inspect.signature(tree.root.forward).bind()
+        except TypeError as error:
+            do = "miss.verify(model, *inputs), with what model(*inputs) takes"
+            raise StateError("needs an example input", actual=error, do=do) from None
     if backward and any(layer.miss_merged for layer in adapted.values()):
         raise merged_error("D gets no gradient")
     called: set[str] = set()

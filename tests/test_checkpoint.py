@@ -11,7 +11,6 @@ import torch
 import torch.nn.utils.prune
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -236,7 +235,7 @@ def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: path
             CheckpointError, match=r"expected: \.safetensors \(recommended\) or \.pt"
         ):
             save(model, tmp_path / wrong)
-        with pytest.raises(CheckpointError, match="suffix"):
+        with pytest.raises(CheckpointError, match="there is no such file"):
             load(model, tmp_path / wrong)
     for value in (float("nan"), float("inf")):
         with torch.no_grad():
@@ -321,14 +320,6 @@ def test_a_process_of_its_own_loads_the_file(tmp_path: pathlib.Path):
     command = [sys.executable, "-c", code, str(tmp_path / "a.pt")]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert json.loads(run.stdout) == layer.miss_D.tolist()
-
-
-def test_a_file_of_another_tool_is_named_as_such(tmp_path: pathlib.Path):
-    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
-    for name in ("a.safetensors", "a.pt"):
-        with pytest.raises(CheckpointError, match=r"it was not written by miss\.save"):
-            load(Decoder(), tmp_path / name)
 
 
 def test_two_tensors_do_not_go_into_one(tmp_path: pathlib.Path):

@@ -16,9 +16,7 @@ from miss import (
     adapted_modules,
     inject,
     interop,
-    load,
     merge,
-    save,
     summary,
 )
 from tests.models import snapshot
@@ -32,11 +30,11 @@ UP = "base_model.model.body.up.miss_block"
     [
         (
             lambda d: (d / "adapter_config.json").unlink(),
-            r"adapter_config\.json: cannot be read: .*No such file",
+            r"has no adapter_config\.json",
         ),
         (
             lambda d: (d / "adapter_model.safetensors").unlink(),
-            r"adapter_model\.safetensors: cannot be read",
+            r"has no adapter_model\.safetensors",
         ),
         (
             lambda d: (d / "adapter_config.json").write_text("{"),
@@ -136,7 +134,7 @@ UP = "base_model.model.body.up.miss_block"
         ),
         (
             edit(lambda c, t: t.update({UP.replace("up", "left"): torch.ones(4, 6)})),
-            "body.left.miss_block: the model has no such module",
+            "the model has no module 'body.left'",
         ),
         (
             edit(lambda c, t: t.update({UP.replace(".up", ""): torch.ones(4, 6)})),
@@ -245,20 +243,3 @@ def test_parts_of_a_peft_model_are_refused(config):
     assert all("PEFT" in reason for reason in summary(model).skipped.values())
     unloaded = model.merge_and_unload()
     inject(unloaded, ["q_proj", "v_proj"], rank=2)
-
-
-def test_a_file_for_a_directory_and_the_other_way_round(tmp_path: pathlib.Path):
-    model = inject(Classifier(), "body.*", rank=2)
-    interop.peft.save(model, tmp_path / "peft")
-    save(model, tmp_path / "a.pt")
-    for call, message in (
-        (
-            lambda: load(model, tmp_path / "peft"),
-            r"suffix\n.*\n.*miss\.interop\.peft\.load",
-        ),
-        (lambda: interop.peft.load(model, tmp_path / "a.pt"), r"is a file\n.*\n.*miss\.load"),
-        (lambda: load(model, tmp_path / "none.pt"), "cannot be read: .*none"),
-        (lambda: interop.peft.load(model, tmp_path / "none"), "cannot be read: .*none"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            call()

@@ -16,7 +16,7 @@ from tests.installed import ENVIRONMENT, ROOT
 ORDER = ["errors", "tensors", "functional", "gradients", "fused", "forms"]
 ORDER += ["layers/host", "layers/loading", "layers/base", "layers/forwards", "layers/swap"]
 ORDER += ["layers/names", "layers/linear", "layers/example", "layers/__init__"]
-ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging", "inject"]
+ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging", "plan", "inject"]
 ORDER += ["adapters", "summary", "verify", "files", "records", "state", "extra", "fingerprint"]
 ORDER += ["state_dicts", "checkpoint"]
 ORDER += ["interop/peft_files", "interop/lora", "interop/peft_config", "interop/peft"]

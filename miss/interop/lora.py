@@ -5,6 +5,7 @@ import os
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miss import files
 from miss.errors import StateError, at, some
 from miss.extra import extra_tensors
 from miss.functional import scaled
@@ -47,6 +48,7 @@ def save(
     """
     with at("save"):
         tree = Tree(model)
+        folder = files.as_path(directory)
         adapted = peft_files.adapted(tree)
         found = places(adapted)
         modules, besides = peft_files.saved_modules(tree, adapted, extra_tensors(tree, extra))
@@ -78,6 +80,5 @@ def save(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    folder = os.fspath(directory)
     with at(folder):
         peft_files.write(folder, config_json, tensors)

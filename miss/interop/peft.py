@@ -9,6 +9,7 @@ from typing import TypeVar
 from einops import rearrange
 from torch import Tensor, nn
 
+from miss import files
 from miss.errors import CheckpointError, StateError, at
 from miss.extra import extra_tensors
 from miss.forms import LayerConfig, MiSSe, MiSSeMini
@@ -19,7 +20,7 @@ from miss.layers.linear import LinearHost
 from miss.matching import Targets
 from miss.merging import places
 from miss.records import Record
-from miss.state import check_keys, fit, own_adapters, refuse_merged, write_
+from miss.state import check_keys, fit, no_module, own_adapters, refuse_merged, write_
 from miss.tensors import ADAPTER_DTYPES
 from miss.tree import Tree
 
@@ -71,8 +72,10 @@ def save(
         if len(settings) > 1:
             rule = "PEFT has one rank, mini_r and dropout for all layers"
             actual = ", ".join(map(str, sorted(settings)))
-            raise StateError(rule, actual=f"(rank, mini_r, dropout): {actual}")
+            do = "miss.interop.lora.save(model, directory), which takes several ranks"
+            raise StateError(rule, actual=f"(rank, mini_r, dropout): {actual}", do=do)
         ((rank, rows, dropout),) = settings
+        folder = files.as_path(directory)
         others = extra_tensors(tree, extra)
         modules, besides = peft_files.saved_modules(tree, adapted, others)
     tensors = {f"{peft_files.PREFIX}{key}": tensor for key, tensor in besides.items()}
@@ -87,7 +90,6 @@ def save(
         "miss_dropout": dropout,
         "init_weights": MiSSeMini.peft if mini else MiSSe.peft,
     }
-    folder = os.fspath(directory)
     with at(folder):
         peft_files.write(folder, config, tensors)
 
@@ -117,7 +119,7 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
         tree = Tree(model)
         tree.refuse_sharded()
         tree.refuse_wrapped()
-    folder = os.fspath(directory)
+        folder = files.as_path(directory)
     with at(folder):
         about, tensors = peft_files.read(folder)
         settings = peft_config.parse(about)
@@ -159,7 +161,9 @@ def _config(
     module = tree.modules.get(name)
     _, rank, rows, dropout = settings
     if module is None:
-        raise CheckpointError(f"{key}: the model has no such module")
+        error = no_module(tree, name)
+        error.do = error.do or "load it into the model that PEFT adapted"
+        raise error
     if not isinstance(module, nn.Linear):
         raise CheckpointError(f"{key}: the module is a {type(module).__name__}")
     out_features, in_features = shape = module.out_features, module.in_features
@@ -167,7 +171,8 @@ def _config(
     if tuple(block.shape) != expected or rank > in_features or out_features % expected[1]:
         kind = f"a Linear({in_features}, {out_features})"
         rule = f"{key} does not fit r, mini_r and the module, {kind}"
-        raise CheckpointError(rule, expected=expected, actual=tuple(block.shape))
+        do = "load it into the model that PEFT adapted"
+        raise CheckpointError(rule, expected=expected, actual=tuple(block.shape), do=do)
     if block.dtype not in ADAPTER_DTYPES:
         raise CheckpointError(f"{key} has a dtype that no adapter has", actual=block.dtype)
     if rows is None or rows == out_features:

@@ -29,7 +29,7 @@ def parse(config: dict[str, Any]) -> Settings:
     """The settings of a configuration; a `CheckpointError` for a form that is not read here."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KEYS:
-        do = "merge it with PEFT, then adapt the merged model"
+        do = "merge it with PEFT's merge_and_unload, where it has one; then miss.inject"
         raise CheckpointError(
             "unknown peft_type", expected="MISS or BONE", actual=repr(kind), do=do
         )

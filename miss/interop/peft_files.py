@@ -142,6 +142,9 @@ def write(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> No
     """
     files.check_tensors(tensors)
     content = files.safetensors_bytes(contiguous(tensors), {"format": "pt"})
+    if os.path.isfile(folder):
+        do = "give a directory; miss.save(model, path) writes one file"
+        raise CheckpointError("cannot be written: it is a file", do=do)
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -164,9 +167,16 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ImportError: safetensors is absent and needed.
     """
     if os.path.isfile(folder):
-        do = "miss.load(model, path) for a file that miss.save wrote"
+        do = "give the directory; miss.load(model, path) loads a file that miss.save wrote"
         raise CheckpointError("is a file", expected="a directory that PEFT wrote", do=do)
+    if not os.path.isdir(folder):
+        do = "give a local directory; nothing is downloaded"
+        raise CheckpointError("there is no such directory", do=do)
     path = os.path.join(folder, CONFIG)
+    for name in (CONFIG, WEIGHTS):
+        if not os.path.isfile(os.path.join(folder, name)):
+            do = f"give a directory that PEFT wrote with {CONFIG} and {WEIGHTS}"
+            raise CheckpointError(f"has no {name}", do=do)
     with at(path):
         try:
             with open(path, encoding="utf-8") as file:

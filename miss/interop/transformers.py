@@ -5,6 +5,7 @@ Nothing is imported from transformers: the mixin stands in front of a Trainer of
 
 import os
 import shutil
+import sys
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class AdapterCheckpoints:
         **kwargs: the same.
 
     Raises:
-        StateError: the model has no adapter, or FSDP, DeepSpeed or a parallel plan shards it.
+        StateError: a subclass has the mixin behind the Trainer; the model has no adapter, or FSDP,
+            DeepSpeed or a parallel plan shards it.
         CheckpointError: when a checkpoint is loaded: it has no ``adapter.safetensors``, or that
             does not fit the model. When one is saved: an adapter is not finite.
     """
@@ -50,6 +52,16 @@ class AdapterCheckpoints:
     data_collator: Any
     processing_class: Any
     state: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+        order = [kind for kind in cls.__mro__ if kind in (AdapterCheckpoints, trainer)]
+        if order[0] is not AdapterCheckpoints:
+            with at(cls.__name__):
+                rule = "the mixin stands behind the Trainer, which would write whole models"
+                do = f"class {cls.__name__}(AdapterCheckpoints, Trainer)"
+                raise StateError(rule, do=do)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

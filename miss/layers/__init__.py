@@ -142,7 +142,8 @@ def _names_of_class(layer_type: type[nn.Module], ours: frozenset[str]) -> frozen
 
 def _check_types(layer_type: Any, host: Any) -> None:
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
-        raise TargetError("needs a module type", actual=repr(layer_type))
+        do = f"give the type itself: {type(layer_type).__name__}"
+        raise TargetError("needs a module type", actual=repr(layer_type), do=do)
     if issubclass(layer_type, AdaptedLayer):
         raise TargetError("an adapted class is no type to adapt", actual=path_of(layer_type))
     if not (isinstance(host, type) and issubclass(host, Host)) or host is Host:
@@ -158,7 +159,8 @@ def _check_types(layer_type: Any, host: Any) -> None:
         raise TargetError(f"{path_of(host)}.axes", expected=expected, actual=repr(host.axes))
     if layer_type in _HOSTS:
         actual = path_of(_HOSTS[layer_type])
-        raise StateError(f"{path_of(layer_type)} is registered already", actual=actual)
+        rule, do = f"{path_of(layer_type)} is registered already", "miss.inject adapts it as it is"
+        raise StateError(rule, actual=actual, do=do)
     for kind in (layer_type, host):
         if _imported(path_of(kind)) is not kind:
             rule = f"{path_of(kind)} cannot be imported by its name, as a pickle of the layer needs"
