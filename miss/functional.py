@@ -105,9 +105,7 @@ def block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool = Fal
     return (block_mean if dtype == torch.float16 else block_sum)(x, rank, alternate).to(dtype)
 
 
-def block_factor(
-    in_features: int, rank: int, dtype: torch.dtype, alternate: bool = False
-) -> float:
+def block_factor(in_features: int, rank: int, dtype: torch.dtype, alternate: bool = False) -> float:
     """The quotient of `block_sum` and `block_reduce`: 1, or in fp16 the number of blocks."""
     if dtype != torch.float16:
         return 1.0
@@ -276,7 +274,7 @@ def _at_least(x: Tensor, width: int) -> Tensor:
 
 def _difference(halves: Tensor) -> Tensor:
     """The first half of the last axis less the second one."""
-    even, odd = rearrange(halves, "... (p r) -> p ... r", p=2)
+    even, odd = halves.chunk(2, dim=-1)
     return even - odd
 
 

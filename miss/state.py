@@ -207,7 +207,7 @@ def _plan(
         cls = class_of(type(module), host, METHODS[config.form.name])
         d = new_d(module, parameter, config, tensors[key].dtype)
         plan[id(module), parameter] = Adapter(module, parameter, cls, config, d)
-    forms = {(id(a.layer), a.cls) for a in plan.values()}
+    forms = {(id(a.layer), a.config.form) for a in plan.values()}
     if len(forms) > len({key for key, _ in forms}):
         raise CheckpointError("the Parameters of one module are adapted in two forms")
     refuse_offloaded(tree, (adapter.layer for adapter in plan.values()))
@@ -235,7 +235,7 @@ def _check_same(records: Mapping[str, Record], adapted: Mapping[str, AdaptedLaye
         if record.host != own[key].host:
             rule = f"{key} is for another kind of layer"
             raise CheckpointError(rule, expected=own[key].host, actual=record.host)
-        for field in ("method", "shape", "rank", "rows", "scale"):
+        for field in ("method", "alternate", "shape", "rank", "rows", "scale"):
             if theirs.get(field) != ours.get(field):
                 rule = f"the {field} of {named(record.module)!r} is not the model's"
                 expected, actual = ours.get(field), theirs.get(field)

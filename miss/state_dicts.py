@@ -51,7 +51,7 @@ def adapter_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         layers = vars(state)["_metadata"] = OrderedDict()
         for place in places(own_adapters(tree)).values():
             state[record_of(place).key] = place.d.clone()
-            about = {KEY: metadata(place.layer.miss_form, merged=False)}
+            about = {KEY: metadata(place.config.form, merged=False)}
             layers[place.name] = about
         return state
 
@@ -100,7 +100,7 @@ def load_adapter_state_dict(
         tensors = {key: tensor for key, tensor in state.items() if key in found}
         for key in tensors:
             with at(f"load_adapter_state_dict, {key}"):
-                _check_form(found[key].layer.miss_form, about_of(state, key))
+                _check_form(found[key].config.form, about_of(state, key))
         slots: dict[str, Tensor] = {key: place.d for key, place in found.items()}
         check_fit(tensors, slots, "inject with the rank and the method of the state, onto its base")
         copy_(tensors, slots)
