@@ -30,6 +30,7 @@ from common import methods, plots
 from common.costs import costs
 from common.methods import (
     ADALORA,
+    ALTERNATING,
     DORA,
     FULL,
     LORA,
@@ -70,9 +71,10 @@ RATES = {
     **dict.fromkeys((RSLORA, PISSA), (1e-3, 3e-3, 1e-2, 3e-2)),
     **dict.fromkeys((DORA, LORA_FA, ADALORA), (3e-3, 1e-2, 3e-2, 1e-1)),
     VERA: (3e-2, 1e-1, 3e-1, 1.0),
-    **dict.fromkeys((MISS, MISSE), (1e-3, 3e-3, 1e-2, 3e-2)),
+    **dict.fromkeys((MISS, MISSE, ALTERNATING), (1e-3, 3e-3, 1e-2, 3e-2)),
 }
 SETTINGS = [*((method, 1.0) for method in RATES), (LORA, 0.5), (MISS, 0.5), (MISSE, 0.5)]
+SETTINGS.append((ALTERNATING, 0.5))
 Images = tuple[Tensor, Tensor]
 
 

@@ -20,7 +20,20 @@ from torch import Tensor, nn
 
 from common import methods, plots
 from common.costs import costs
-from common.methods import ADALORA, DORA, FULL, LORA, MISS, MISSE, PISSA, VERA, Output, adapt, fit
+from common.methods import (
+    ADALORA,
+    ALTERNATING,
+    DORA,
+    FULL,
+    LORA,
+    MISS,
+    MISSE,
+    PISSA,
+    VERA,
+    Output,
+    adapt,
+    fit,
+)
 from common.runs import (
     Estimate,
     Run,
@@ -40,7 +53,7 @@ WIDTH, TRAIN, HELD_OUT, NOISE = 64, 50, 100, 0.05
 BASE_EPOCHS, EPOCHS, EVERY, GIVEN = 250, 100, 10, 1e-3
 FIRST_SEED, SEEDS = 43, 10
 RANKS: dict[str, int | None] = {FULL: None, LORA: 2, PISSA: 2, DORA: 1, VERA: 64}
-RANKS |= {ADALORA: 2, MISS: 4, MISSE: 4}
+RANKS |= {ADALORA: 2, MISS: 4, MISSE: 4, ALTERNATING: 4}
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TARGETS = ("hidden.0", "hidden.2")
 

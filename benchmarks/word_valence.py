@@ -28,6 +28,7 @@ from common import methods, plots
 from common.costs import costs
 from common.methods import (
     ADALORA,
+    ALTERNATING,
     DORA,
     FULL,
     LORA,
@@ -73,6 +74,7 @@ RATES = {
     VERA: (1e-2, 3e-2, 1e-1, 3e-1),
     MISS: (1e-4, 3e-4, 1e-3, 3e-3),
     MISSE: (1e-4, 3e-4, 1e-3, 3e-3),
+    ALTERNATING: (1e-4, 3e-4, 1e-3, 3e-3),
 }
 # The second part, at equal numbers of parameters. The head has the adapter's rate, or its own: a
 # scale moves the former along.
@@ -85,6 +87,7 @@ STUDY = (
     (MISS, ORTHONORMAL, None, (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2)),
     (MISSE, PAPER, HEAD, (4, 16, 64), (1e-4, 3e-4, 1e-3)),
     (MISSE, ORTHONORMAL, HEAD, (4, 16, 64), (1e-3, 3e-3, 1e-2)),
+    (ALTERNATING, PAPER, None, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
     (SIGNED, PAPER, None, (4, 16, 64), (1e-4, 3e-4, 1e-3, 3e-3)),
 )
 STUDY_SEEDS = 3
@@ -272,7 +275,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
         sensitivity(axis, mine, method)
     axis.set(xlabel="learning rate", ylabel="Pearson r on held-out words", xscale="log")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
-    scales, axes = plots.panels(2, 4, width=2.4, height=2.5, sharey=True)
+    scales, axes = plots.panels(3, 3, width=2.4, height=2.5, sharey=True)
     looks = [{"alpha": alpha, "marker": marker} for alpha, marker in zip((1.0, 0.7, 0.4), "os^")]
     for axis, (method, scale, head, ranks, _) in zip(axes, STUDY):
         for look, rank in zip(looks, ranks):

@@ -15,9 +15,10 @@ from miss import adapted_modules, inject
 
 FULL, LORA, RSLORA, PISSA, DORA = "full fine-tuning", "LoRA", "rsLoRA", "PiSSA", "DoRA"
 LORA_FA, ADALORA, VERA, MISS, MISSE = "LoRA-FA", "AdaLoRA", "VeRA", "MiSS", "MiSSe"
+ALTERNATING = "MiSSe, alternating"
 SIGNED = "MiSSe, random signs"  # a study, which the library does not have
 ORTHONORMAL = "orthonormal"
-FORMS = {MISS: "miss", MISSE: "misse", SIGNED: "misse"}
+FORMS = {MISS: "miss", MISSE: "misse", ALTERNATING: "misse", SIGNED: "misse"}
 EXTRAS = {
     'pip install "miss-torch[experiments]"': (
         "gguf",
@@ -45,6 +46,7 @@ COUNTS: dict[str, Callable[[int, int, int], int]] = {
     LORA_FA: lambda r, k, d: r * d,
     MISS: lambda r, k, d: r * k,
     MISSE: lambda r, k, d: r * d,
+    ALTERNATING: lambda r, k, d: r * d,
     SIGNED: lambda r, k, d: r * d,
 }
 
@@ -112,7 +114,8 @@ def adapt(
     if method == FULL:
         return model.requires_grad_(True)
     if method in FORMS:
-        inject(model, targets, rank=rank, method=FORMS[method], trainable=head or ())
+        form = {"method": FORMS[method], "alternate": method == ALTERNATING}
+        inject(model, targets, rank=rank, trainable=head or (), **form)
         for layer in adapted_modules(model).values():
             shared = layer.out_features if method == MISS else layer.in_features
             layer.scale = math.sqrt(layer.rank / shared) if scale == ORTHONORMAL else scale or 1.0

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.methods import (
     ADALORA,
+    ALTERNATING,
     DORA,
     FULL,
     LORA,
@@ -28,6 +29,7 @@ FIGURES = Path(__file__).parent.parent.parent / "docs" / "figures"
 # dashes differ too.
 STYLES: dict[str, tuple[str, str, str]] = {
     MISSE: ("#D55E00", "o", "-"),
+    ALTERNATING: ("#8B1A1A", "h", "-"),
     SIGNED: ("#D55E00", "o", ":"),
     MISS: ("#E69F00", "s", "-"),
     LORA: ("#0072B2", "^", "--"),
