@@ -15,7 +15,6 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from miss import functional
@@ -64,9 +63,11 @@ class Form(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """LoRA's A ``(r, in)`` and B ``(out, r)``: ``B A`` is the ``(out, in)`` delta of ``d``."""
+        one = torch.eye(d.shape[cls.axis], dtype=d.dtype, device=d.device)
+        frozen = cls.expand(one, size, cls.axis)
+        return (frozen, d) if cls.axis == 1 else (d, frozen)
 
     @classmethod
     def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:
@@ -89,11 +90,11 @@ class Form(ABC):
     def window(cls, d: Tensor, config: "LayerConfig", rows: slice) -> Tensor:
         """`delta` at some positions of the Parameter's first axis; ``d`` comes from `whole`."""
         if config.shared == 0:
-            found = d[cls.owner(config.size, config.rank)[rows].to(d.device)]
-            sign = cls.sign(config.size, config.rank)
-            if sign is not None:
-                found *= rearrange(sign[rows].to(d), f"o -> o {'1 ' * (found.dim() - 1)}")
-            return found
+            owner, sign = cls.owner(config.size, config.rank), cls.sign(config.size, config.rank)
+            found = d[owner[rows].to(d.device)]
+            return (
+                found if sign is None else (found.movedim(0, -1) * sign[rows].to(d)).movedim(-1, 0)
+            )
         return cls.expand(d[rows], config.size, config.shared)
 
     @classmethod
@@ -101,9 +102,8 @@ class Form(ABC):
         """`delta` at flat positions of the Parameter."""
         d = cls.whole(d, config)
         index = list(torch.unravel_index(positions.to(d.device), config.shape))
-        owner = cls.owner(config.size, config.rank).to(d.device)
         shared = index[config.shared]
-        index[config.shared] = owner[shared]
+        index[config.shared] = cls.owner(config.size, config.rank).to(d.device)[shared]
         sign = cls.sign(config.size, config.rank)
         return d[tuple(index)] if sign is None else d[tuple(index)] * sign.to(d)[shared]
 
@@ -123,11 +123,6 @@ class MiSSe(Form):
         d = d.movedim(axis, -1)
         return functional.expand_blocks(d, size, cls.alternate).movedim(-1, axis)
 
-    @classmethod
-    def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        one = torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
-        return functional.expand_blocks(one, size, cls.alternate), d
-
     add = staticmethod(functional.add_misse)
 
 
@@ -145,19 +140,14 @@ class MiSS(Form):
     def expand(cls, d: Tensor, size: int, axis: int) -> Tensor:
         return functional.expand_shards(d.movedim(axis, 0), size).movedim(0, axis)
 
-    @classmethod
-    def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        one = torch.eye(d.shape[0], dtype=d.dtype, device=d.device)
-        return d, functional.expand_shards(one, size)
-
     add = staticmethod(functional.add_miss)
 
 
 class MiSSeAlternating(MiSSe):
     """MiSSe in which block ``c // rank`` of the input enters with the sign ``(-1)^(c // rank)``.
 
-    It is this project's addition to the method. What is common to all inputs cancels out of the
-    block sums.
+    It is this project's addition to the method. A mean that all inputs share cancels exactly if the
+    blocks are even in number and full; else at most one block's mean is left.
     """
 
     alternate, peft = True, None
@@ -193,14 +183,14 @@ def variant(form: type[Form], *, alternate: bool = False, rows: int | None = Non
     """A form with alternating signs, or, if D has ``rows`` of its own, the mini form.
 
     Raises:
-        ShapeError: the form does not sum blocks of the input.
+        ShapeError: ``alternate`` is no bool, or the form has no such variant.
     """
-    if not isinstance(alternate, bool) or (alternate and form is not MiSSe):
+    if not isinstance(alternate, bool):
+        raise ShapeError("alternate must be True or False", actual=f"alternate={alternate!r}")
+    if alternate and form is not MiSSe:
         rule = "only MiSSe sums blocks of the input, whose signs can alternate"
-        actual = f"method={form.name!r}, alternate={alternate!r}"
-        raise ShapeError(rule, expected='method="misse", or alternate=False', actual=actual)
-    if alternate and rows is not None:
-        raise ShapeError("the mini form has no alternating signs")
+        expected, actual = "MiSSe, or alternate=False", f"{form.prefix} with alternate=True"
+        raise ShapeError(rule, expected=expected, actual=actual)
     if alternate:
         return MiSSeAlternating
     return MiSSeMini if form is MiSSe and rows is not None else form
@@ -240,8 +230,7 @@ class LayerConfig:
             features = ("out_features", "in_features")[self.form.axis]
             rule = f"rank of {self.form.prefix} must be an int from 1 to {features}"
             out, in_ = (self.shape[axis] for axis in self.axes)
-            sizes = f"in_features={in_}, out_features={out}"
-            actual = f"rank={rank!r}, {sizes}"
+            actual = f"rank={rank!r}, in_features={in_}, out_features={out}"
             raise ShapeError(rule, expected=f"1 <= rank <= {limit}", actual=actual)
         if not is_real(self.scale):
             rule = "scale must be a number"
@@ -251,14 +240,10 @@ class LayerConfig:
             raise ShapeError(rule, expected="0 <= dropout < 1", actual=actual)
         rows = self.rows
         if rows is not None and (not _is_int(rows) or rows < 1 or self.shape[0] % rows):
-            rule = "rows must divide out_features"
-            raise ShapeError(
-                rule, expected=f"a divisor of {self.shape[0]}", actual=f"rows={rows!r}"
-            )
+            rule, expected = "rows must divide out_features", f"a divisor of {self.shape[0]}"
+            raise ShapeError(rule, expected=expected, actual=f"rows={rows!r}")
         if (rows is not None) != (self.form is MiSSeMini):
-            raise ShapeError(
-                "rows belong to the mini form, and only to it", actual=f"rows={rows!r}"
-            )
+            raise ShapeError("rows belong to the mini form alone", actual=f"rows={rows!r}")
         put(self, "rank", int(rank))
         put(self, "scale", float(self.scale))
         put(self, "dropout", float(self.dropout))

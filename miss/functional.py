@@ -29,8 +29,8 @@ from torch import Tensor
 from miss.tensors import is_dtensor
 
 __all__ = ["Product", "add_miss", "add_misse", "block_factor", "block_mean", "block_reduce"]
-__all__ += ["block_sum", "cycle_rows", "expand_blocks", "expand_shards", "pair", "scaled"]
-__all__ += ["shard_runs", "shard_sum"]
+__all__ += ["block_sum", "cycle_rows", "expand_blocks", "expand_shards", "scaled", "shard_runs"]
+__all__ += ["shard_sum"]
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,8 +47,8 @@ def block_sum(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     Args:
         x: ``(..., i)``.
         rank: from 1 to ``i``.
-        alternate: block ``c // rank`` enters with the sign ``(-1)^(c // rank)``. The blocks are
-            summed to pairs, ``(..., 2 r)``, and these subtracted.
+        alternate: block ``c // rank`` enters with the sign ``(-1)^(c // rank)``. The even blocks
+            are summed, and the odd ones, and the sums are subtracted.
 
     Shape:
         ``(..., i) -> (..., r)``, in the dtype of ``x``.
@@ -59,7 +59,8 @@ def block_sum(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     tensor([ 2., -2.])
     """
     if alternate:
-        return _difference(block_sum(_at_least(x, 2 * rank), 2 * rank))
+        even, odd = _even_and_odd(block_sum, x, rank)
+        return even - odd
     blocks, tail = _split(x, rank)
     total = _reduce(blocks, rank, "sum")
     return total if tail is None else total + tail
@@ -68,13 +69,8 @@ def block_sum(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
 def block_mean(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     """The mean of the blocks: ``block_sum(x, rank) / g``, where ``g`` includes a short last block.
 
-    The mean stays in range where the sum may overflow fp16. With alternating signs ``g`` is the
-    next even number.
-
-    Args:
-        x: ``(..., i)``.
-        rank: from 1 to ``i``.
-        alternate: as in `block_sum`.
+    The mean stays in range where the sum may overflow fp16. Arguments are as in `block_sum`; with
+    alternating signs ``g`` is rounded up to an even number.
 
     Shape:
         ``(..., i) -> (..., r)``, in the dtype of ``x``.
@@ -83,7 +79,8 @@ def block_mean(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     tensor([6.0000e+04, 2.0000e+00], dtype=torch.float16)
     """
     if alternate:
-        return _difference(0.5 * block_mean(_at_least(x, 2 * rank), 2 * rank))
+        even, odd = _even_and_odd(block_mean, x, rank)
+        return 0.5 * even - 0.5 * odd
     blocks, tail = _split(x, rank)
     if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = rearrange(blocks, "... i -> (...) i")
@@ -107,10 +104,9 @@ def block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool = Fal
 
 def block_factor(in_features: int, rank: int, dtype: torch.dtype, alternate: bool = False) -> float:
     """The quotient of `block_sum` and `block_reduce`: 1, or in fp16 the number of blocks."""
-    if dtype != torch.float16:
-        return 1.0
     blocks = -(-in_features // rank)
-    return float(blocks + blocks % 2 if alternate else blocks)
+    blocks += blocks % 2 if alternate else 0
+    return float(blocks) if dtype == torch.float16 else 1.0
 
 
 def expand_blocks(d: Tensor, in_features: int, alternate: bool = False) -> Tensor:
@@ -127,17 +123,9 @@ def expand_blocks(d: Tensor, in_features: int, alternate: bool = False) -> Tenso
     >>> expand_blocks(torch.tensor([[1, 2]]), in_features=5)
     tensor([[1, 2, 1, 2, 1]])
     """
-    d = pair(d) if alternate else d
+    d = torch.cat((d, -d), dim=-1) if alternate else d
     rank = d.shape[-1]
     return repeat(d, "... r -> ... (g r)", r=rank, g=-(-in_features // rank))[..., :in_features]
-
-
-def pair(d: Tensor) -> Tensor:
-    """``(d, -d)`` along the last axis, ``(..., r) -> (..., 2 r)``.
-
-    MiSSe with alternating signs and D is MiSSe with twice the rank and this matrix.
-    """
-    return torch.cat((d, -d), dim=-1)
 
 
 def expand_shards(d: Tensor, out_features: int) -> Tensor:
@@ -208,8 +196,7 @@ def add_misse(
 
     Args:
         x: the input, ``(..., i)``.
-        y: the base layer's output, ``(..., o)``; the result has its dtype, which is the compute
-            dtype.
+        y: the base layer's output, ``(..., o)``; its dtype is also the result's.
         d: ``(o, r)``, in any floating dtype.
         scale: factor of the delta.
         product: the base layer's own operation without a bias, with ``d`` for its weight.
@@ -222,16 +209,13 @@ def add_misse(
         a mean, and ``d`` is multiplied by the number of blocks.
     """
     rank = d.shape[-1] if rank is None else rank
+    factor = block_factor(x.shape[-1], rank, y.dtype, alternate)
     if is_dtensor(x):
-        blocks = -(-x.shape[-1] // rank)
-        half = y.dtype == torch.float16  # in fp16 a power of two is exact, and 1 / blocks is not
-        power = 2.0 ** -math.ceil(math.log2(blocks)) if half else 1.0
-        expand = partial(expand_blocks, alternate=alternate)
-        s = F.linear(x, power * _zero_one(expand, rank, x)).to(y.dtype)
-        factor = 1 / power
+        factor = 2.0 ** math.ceil(math.log2(factor))  # its inverse is exact in fp16
+        signs = _factor(partial(expand_blocks, alternate=alternate), rank, x)
+        s = F.linear(x, signs / factor).to(y.dtype)
     else:
         s = block_reduce(x, rank, y.dtype, alternate)
-        factor = block_factor(x.shape[-1], rank, y.dtype, alternate)
     return y + product(s, scaled(d, scale * factor, y.dtype))
 
 
@@ -258,7 +242,7 @@ def add_miss(
     x = x.to(y.dtype) if x.is_floating_point() else x  # a layer may cast its input or output
     z = product(x, scaled(d, scale, y.dtype))
     if is_dtensor(y):
-        return y + F.linear(z, _zero_one(expand_shards, rank, y))
+        return y + F.linear(z, _factor(expand_shards, rank, y))
     sums = []
     for run, rows, size in shard_runs(y.shape[-1], rank):
         shards = rearrange(y[..., rows], "... (n s) -> ... n s", s=size)
@@ -267,15 +251,11 @@ def add_miss(
     return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
 
 
-def _at_least(x: Tensor, width: int) -> Tensor:
-    """``x``, with zeros up to ``width`` if it is narrower."""
-    return x if x.shape[-1] >= width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _difference(halves: Tensor) -> Tensor:
-    """The first half of the last axis less the second one."""
-    even, odd = halves.chunk(2, dim=-1)
-    return even - odd
+def _even_and_odd(total: Callable[..., Tensor], x: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """``total``, a sum or mean of blocks, of the even blocks of ``x``, and of the odd ones."""
+    missing = 2 * rank - x.shape[-1]
+    x = F.pad(x, (0, missing)) if missing > 0 else x
+    return total(x, 2 * rank).chunk(2, dim=-1)
 
 
 def _split(x: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
@@ -299,7 +279,7 @@ def shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]
     return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]
 
 
-def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:
+def _factor(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:
     """The factor of a form, of 0, 1 and -1, as wide as the DTensor ``like``.
 
     A product with it is right however ``like`` is sharded. A reshape is not, because a DTensor

@@ -13,11 +13,10 @@ from miss import MiSSeLinear, StateError, disabled, eject, inject, merge, unmerg
 from miss.merging import refuse_loading
 from tests import reference
 from tests.models import TOKENS, Decoder, snapshot
-from tests.strategies import DTYPES, FORMS, Case, cases, tolerance
+from tests.strategies import DTYPES, Case, cases, methods, tolerance
 from tests.test_adapters import adapted_decoder
 from tests.test_inject import perturb
 
-methods = pytest.mark.parametrize("method", sorted(FORMS))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

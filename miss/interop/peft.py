@@ -62,7 +62,8 @@ def save(
             if place.config.form.peft is None:
                 with at(name):
                     signs = " with alternating signs" if place.config.form.alternate else ""
-                    rule = f"is a {type(place.layer).__name__}{signs}, which PEFT does not have"
+                    kind = f"{type(place.layer).__name__}{signs}"
+                    rule = f"is a {kind}, a form that PEFT does not have"
                     raise StateError(rule, do="miss.interop.lora.save(model, directory)")
         forms = {place.config.form.peft for place in found.values()}
         mini = forms != {MiSSe.peft}

@@ -101,7 +101,7 @@ class AdaptedLayer(_Mixin):
     @property
     def miss_alternate(self) -> bool:
         """Whether the signs of the blocks of the input alternate."""
-        return self._miss_variant().alternate
+        return any(config.form.alternate for config in self._miss_configs.values())
 
     @property
     def miss_merged(self) -> bool:
@@ -234,7 +234,7 @@ class AdaptedLayer(_Mixin):
             for parameter in self._miss_configs:
                 destination.pop(prefix + d_name(parameter), None)
         if hasattr(destination, "_metadata"):
-            about = loading.metadata(self._miss_variant(), self.miss_merged)
+            about = loading.metadata(self, self.miss_merged)
             destination._metadata.setdefault(prefix[:-1], {})[loading.KEY] = about
 
     def _miss_zero(self) -> None:
@@ -244,10 +244,6 @@ class AdaptedLayer(_Mixin):
         with torch.no_grad():
             for parameter in self._miss_configs:
                 getattr(self, d_name(parameter)).zero_()
-
-    def _miss_variant(self) -> type[Form]:
-        """The form, or the variant of it that the settings name; one for the whole layer."""
-        return next((config.form for config in self._miss_configs.values()), self.miss_form)
 
     def _miss_only(self) -> LayerConfig:
         """The settings of a layer that has one D; a `StateError` if it has several."""

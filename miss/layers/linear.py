@@ -1,6 +1,6 @@
 """`nn.Linear`: its host, and the two public classes, `MiSSeLinear` and `MiSSLinear`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,24 +10,20 @@ from torch import Tensor, nn
 
 from miss import fused
 from miss.errors import at
-from miss.forms import (
-    LayerConfig,
-    MiSS,
-    MiSSe,
-    MiSSeAlternating,
-    MiSSeMini,
-    check_adapter_dtype,
-    variant,
-)
+from miss.forms import LayerConfig, MiSS, MiSSe, check_adapter_dtype, variant
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 from miss.layers.swap import attach, new_d
 
 __all__ = ["LinearHost", "MiSSLinear", "MiSSeLinear"]
 
-# The fast path of each form.
-FAST = {MiSSe: fused.misse_linear, MiSSeMini: fused.misse_linear, MiSS: fused.miss_linear}
-FAST[MiSSeAlternating] = partial(fused.misse_linear, alternate=True)
+# The fast path of each form, by name and sign. The keys are no classes: a compiled graph has no
+# guard on the class of a `LayerConfig` that it has already met as a key of a global dict.
+FAST: dict[tuple[str, bool], Callable[..., Tensor]] = {
+    ("misse", False): fused.misse_linear,
+    ("misse", True): partial(fused.misse_linear, alternate=True),
+    ("miss", False): fused.miss_linear,
+}
 
 
 class LinearHost(Host):
@@ -45,14 +41,14 @@ class LinearHost(Host):
             rows = [layer.forward(row) for row in x.unbind()]
             return torch.nested.as_nested_tensor(rows, layout=x.layout)
         config: LayerConfig = layer._miss_configs["weight"]
-        if config.form not in FAST or (layer.training and config.dropout):
+        if layer.training and config.dropout:
             return None
         weight, bias, d = layer.weight, layer.bias, layer.miss_D
         if weight.shape != config.shape or d.shape != config.d_shape:
             return None
         if not fused.fits(x, weight, bias, d):
             return None
-        fast = FAST[config.form]
+        fast = FAST[config.form.name, config.form.alternate]
         return fast(x, weight, bias, config.form.whole(d, config), config.scale)
 
     @staticmethod
