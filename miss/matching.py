@@ -5,7 +5,7 @@ import fnmatch
 import re
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def _first_key(module: nn.Module, parameter: Tensor) -> str:
 def listed(targets: Targets, argument: str) -> list[Target]:
     """``targets`` as a list, each item checked to be of a known form."""
     items: list[Any] = [targets]
-    single = isinstance(targets, (str, bytes, Mapping, Tensor)) or callable(targets)
+    single = isinstance(targets, (str, bytes, Tensor)) or callable(targets)
     if isinstance(targets, Iterable) and not single:
         items = list(targets)
     for item in items:
@@ -77,8 +77,6 @@ def listed(targets: Targets, argument: str) -> list[Target]:
 
 def _instead(item: object, argument: str) -> str:
     """What to write instead of a target of an unknown form."""
-    if isinstance(item, Mapping):
-        return "give a list of names; rank and scale may be functions of a layer's name and module"
     if isinstance(item, nn.Module):
         return "give its name, as in model.named_modules()"
     if isinstance(item, Tensor):

@@ -548,7 +548,7 @@ WRONG_FILES = [
         "interop.lora.save of what is trained besides",
         lambda m, f: interop.lora.save(m, f / "new"),
         StateError,
-        ("something is trained besides adapters", "layers.0.norm.bias", "extra=() leaves it out"),
+        ("more than adapters is to be saved", "layers.0.norm.bias", "extra=() leaves it out"),
         lambda: adapted(trainable="norm"),
     ),
 ]
