@@ -75,7 +75,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None"
                 with at(named(place.name)):
                     rule, expected = "not the settings of an adapter", "a real floating dtype"
                     raise CheckpointError(rule, expected=expected, actual=place.d.dtype)
-        files.check_tensors(tensors | others)
+        buffers = {key for key, t in others.items() if not isinstance(t, nn.Parameter)}
+        files.check_tensors(tensors | others, buffers)
         try:
             version = importlib.metadata.version("miss-torch")
         except importlib.metadata.PackageNotFoundError:  # imported from a folder
@@ -135,7 +136,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         expected = set(records) | extra
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         check_keys(missing, unexpected, "the file's own list")
-        files.check_tensors(tensors)
+        files.check_tensors(tensors, extra - trained)
         for key, record in records.items():
             d, shape = tensors[key], record.config.d_shape
             if d.shape != shape or d.dtype not in ADAPTER_DTYPES:
@@ -154,7 +155,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         if others:
             text = f"{where}: its base, which it does not hold, had other values of {some(others)}"
             warnings.warn(text, UserWarning, stacklevel=2)
-        write_(tree, fitted, trained)
+        write_(tree, fitted, extra, trained)
     return model
 
 

@@ -5,12 +5,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from miss.errors import CheckpointError, at, named
-from miss.heads import head_of, made_anew
+from miss.heads import head_of
 from miss.layers import AdaptedLayer
 from miss.layers.host import d_name
 from miss.matching import Targets
 from miss.state import named_tensors
 from miss.targets import chosen
+from miss.tensors import is_lazy
+from miss.trained import KEPT
 from miss.tree import Tree, joined
 
 __all__ = ["RUNNING", "extra_tensors", "trained_names"]
@@ -24,9 +26,10 @@ def extra_tensors(tree: Tree, extra: "Targets | None") -> dict[str, Tensor]:
     Args:
         tree: an adapted model.
         extra: modules, with all Parameters and persistent buffers inside, and Parameters. None is
-            all that training changes besides D: Parameters that require grad, the buffers of their
-            modules, and running statistics; and the Parameters of an adapted layer that a base made
-            afresh has not: those of a head, and those that ``from_pretrained`` made anew.
+            all that training changes besides D: Parameters that require grad, or that `inject` or
+            `load` switched on; the buffers of their modules, and of modules in which all of them
+            are; and running statistics. And it is what a base made afresh has not: the Parameters
+            of an adapted layer that are part of a head, or that ``from_pretrained`` made anew.
 
     Raises:
         TargetError: an ``extra`` matches nothing.
@@ -57,27 +60,48 @@ def trained_names(tree: Tree, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _changed(tree: Tree) -> dict[str, Tensor]:
-    afresh = set(map(id, (head_of(tree) | made_anew(tree)).values()))
+    head = set(map(id, head_of(tree).values()))
+    whole = tree.inside(_wholly_trained(tree))
     found: dict[str, Tensor] = {}
     for name, module in tree.of_type(nn.Module).items():
         adapted = isinstance(module, AdaptedLayer)
-        configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
-        ds = set(map(d_name, configs))
-        wanted = set()
-        trained = False
-        for key, parameter in module._parameters.items():
-            if parameter is not None and key not in ds:
-                trained |= parameter.requires_grad
-                if parameter.requires_grad or (adapted and id(parameter) in afresh):
-                    wanted.add(key)
-        wanted |= set(module._buffers if trained else RUNNING) & set(module._buffers)
-        if wanted:
-            tensors = named_tensors(name, module)
-            if trained:
-                _check_state(name, module, tensors)
-            full = {joined(name, key) for key in wanted}
-            found |= {key: tensor for key, tensor in tensors.items() if key in full}
+        trained = {key for key, p in _own(module).items() if _is_trained(module, key, p)}
+        wanted = {key for key, p in _own(module).items() if adapted and id(p) in head}
+        every = trained or id(module) in whole
+        wanted |= trained | {key for key in module._buffers if every or key in RUNNING}
+        tensors = named_tensors(name, module)
+        if every:
+            _check_state(name, module, tensors)
+        full = {joined(name, key) for key in wanted}
+        found |= {key: t for key, t in tensors.items() if key in full and (is_lazy(t) or t.numel())}
     return found
+
+
+def _wholly_trained(tree: Tree) -> list[nn.Module]:
+    """The modules that hold Parameters, and each of them is trained."""
+    trained: dict[int, bool] = {}
+    for _, module, parent in reversed(tree.entries):
+        flags = [_is_trained(module, key, p) for key, p in _own(module).items()]
+        if id(module) in trained:
+            flags.append(trained[id(module)])
+        if flags:
+            trained[id(module)] = all(flags)
+            if parent >= 0:
+                above = id(tree.entries[parent].module)
+                trained[above] = trained.get(above, True) and all(flags)
+    return [module for module in tree.unique if trained.get(id(module), False)]
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The direct Parameters of a module without D."""
+    configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
+    ds = set(map(d_name, configs))
+    return {k: p for k, p in module._parameters.items() if p is not None and k not in ds}
+
+
+def _is_trained(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """Whether a Parameter requires grad, or is to be saved as if it did."""
+    return parameter.requires_grad or key in module.__dict__.get(KEPT, ())
 
 
 def _check_state(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:

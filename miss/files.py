@@ -11,14 +11,14 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from miss.errors import CheckpointError, brief
-from miss.tensors import contiguous, is_data
+from miss.tensors import contiguous, is_data, is_lazy
 
 __all__ = ["FORMAT", "Content", "as_path", "check_path", "check_tensors", "read", "read_tensors"]
 __all__ += ["safetensors", "safetensors_bytes", "write", "write_bytes"]
@@ -60,11 +60,16 @@ def check_path(path: str) -> None:
         raise CheckpointError("unsupported file suffix", expected=expected, do=do)
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a `CheckpointError` if a tensor is not dense, has no elements or is not finite."""
+def check_tensors(tensors: Mapping[str, Tensor], buffers: Container[str] = ()) -> None:
+    """Raise a `CheckpointError` if a tensor is not dense, has no elements or is not finite.
+
+    Those in ``buffers``, such as a mask, may be infinite, and only must not hold NaN.
+    """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name} is not a tensor", actual=type(tensor).__name__)
+        if is_lazy(tensor):
+            raise CheckpointError(f"{name} has no shape yet", do="run the model once, then save")
         if not is_data(tensor):
             kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
             raise CheckpointError(f"{name} is not an ordinary tensor with data", actual=kind)
@@ -72,7 +77,8 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name} has no elements", actual=f"shape {tuple(tensor.shape)}")
         values = tensor.detach()
         try:  # 8-bit floats have no isfinite
-            finite = torch.isfinite(values.float() if tensor.itemsize == 1 else values).all()
+            values = values.float() if tensor.itemsize == 1 else values
+            finite = ~values.isnan().any() if name in buffers else values.isfinite().all()
         except (RuntimeError, NotImplementedError) as error:
             rule = f"{name} has a dtype that cannot be checked"
             raise CheckpointError(rule, actual=tensor.dtype) from error

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miss.errors import CheckpointError
 from miss.layers import AdaptedLayer
@@ -41,20 +41,25 @@ def taken(tree: Tree, held: Container[str]) -> tuple[dict[str, Any], Tensor | No
         held: the keys that the file holds itself. A Parameter with a name among them is left out.
 
     Returns:
-        The description, which JSON can hold: by name, dtype and shape, ``["float32", 8, 4]``. And
-        the bytes of all values in the order of the description, uint8, on the CPU, ``(bytes)``;
-        None if no Parameter is taken.
+        The description, which JSON can hold: by name, dtype and shape, ``["float32", 8, 4]``, or
+        the first name of the same Parameter. And the bytes of all values in the order of the
+        description, uint8, on the CPU, ``(bytes)``; None if no Parameter is taken.
     """
     weights = _weights(tree)
     names: dict[Any, list[str]] = {}  # of each Parameter, the first one first
     for name, tensor in weights.items():
         if is_data(tensor) and tensor.dtype in _NAME_OF and tensor.dim() >= 2 and tensor.numel():
             names.setdefault(_memory(tensor), []).append(name)
-    description, wanted = {}, []
+    firsts: set[str] = set()  # without the other names of shared modules
+    for name, module in tree.of_type(nn.Module).items():
+        firsts |= {joined(name, key) for key in module._parameters}
+    description: dict[str, Any] = {}
+    wanted = []
     for own in names.values():
         if not any(name in held for name in own):
             tensor = weights[own[0]]
             description[own[0]] = [_NAME_OF[tensor.dtype], *tensor.shape]
+            description |= dict.fromkeys((name for name in own[1:] if name in firsts), own[0])
             wanted.append((tensor, _samples(tensor.dtype)))
     return description, torch.cat(_gathered(wanted)) if wanted else None
 
@@ -69,7 +74,13 @@ def check(description: Any, values: Tensor | None) -> None:
     if not isinstance(description, dict):
         rule, actual = "its fingerprint of the base is not an object", type(description).__name__
         raise CheckpointError(rule, actual=actual)
+    entries = {name: entry for name, entry in description.items() if not isinstance(entry, str)}
     for name, entry in description.items():
+        if isinstance(entry, str):
+            if entry not in entries:
+                rule = f"its fingerprint of {name!r:.200} is that of a name that it has not"
+                raise CheckpointError(rule, actual=f"{entry!r:.80}")
+            continue
         known = isinstance(entry, list) and isinstance(name, str) and len(entry) >= 3
         if not known or not isinstance(entry[0], str) or not all(map(_is_size, entry[1:])):
             rule = f"its fingerprint of {name!r:.200} is not a dtype and two or more sizes"
@@ -78,7 +89,7 @@ def check(description: Any, values: Tensor | None) -> None:
             rule = f"its fingerprint of {name!r:.200} has a dtype that is unknown here"
             expected, actual = f"one of {', '.join(_DTYPES)}", f"{entry[0]!r:.80}"
             raise CheckpointError(rule, expected=expected, actual=actual)
-    expected_bytes = sum(map(_size, description.values()))
+    expected_bytes = sum(map(_size, entries.values()))
     if values is None:
         if description:
             rule = f"its fingerprint of the base has no tensor {KEY!r}"
@@ -110,9 +121,15 @@ def differing(tree: Tree, description: dict[str, Any], values: Tensor | None) ->
         return []
     weights, apart = _weights(tree), set()
     compared, wanted = [], []
-    pieces = torch.split_with_sizes(values, [_size(entry) for entry in description.values()])
-    for (name, (kind, *shape)), piece in zip(description.items(), pieces):
+    entries = {name: entry for name, entry in description.items() if not isinstance(entry, str)}
+    sizes = [_size(entry) for entry in entries.values()]
+    pieces = dict(zip(entries, torch.split_with_sizes(values, sizes)))
+    for name, entry in description.items():
+        first = entry if isinstance(entry, str) else name
+        (kind, *shape), piece = entries[first], pieces[first]
         own, dtype = weights.get(name), _DTYPES[kind]
+        if first != name and own is weights.get(first):
+            continue  # tied here too
         if own is None:
             apart.add(name)
         elif is_data(own) and own.dtype in _NAME_OF:  # integers are quantised values

@@ -1,7 +1,7 @@
 """Heads of models of transformers, and the Parameters that ``from_pretrained`` made anew."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ _NAMES = {"classifier", "score", "qa_outputs", "classification_head", "head", "p
 _LOADED = "_is_hf_initialized"  # transformers' mark
 
 
-def head_of(tree: Tree) -> dict[str, nn.Parameter]:
+def head_of(tree: Tree, holding: Container[int] | None = None) -> dict[str, nn.Parameter]:
     """The Parameters of every head in the model, by first name.
 
     A head exists only in a model of transformers of which a class, its own or an inherited one, is
@@ -31,11 +31,12 @@ def head_of(tree: Tree) -> dict[str, nn.Parameter]:
     ``projector`` or ``fc``.
 
     A Parameter that the body holds too is not part of the head, nor is the D of an adapted layer.
-    Such a model can stand anywhere in the tree.
+    Such a model can stand anywhere in the tree. With ``holding``, only models with these ids count.
     """
     found: set[int] = set()
     for model in tree.pretrained.values():
-        if any(_TASK.fullmatch(kind.__name__) for kind in type(model).__mro__):
+        counts = holding is None or id(model) in holding
+        if counts and any(_TASK.fullmatch(kind.__name__) for kind in type(model).__mro__):
             found |= _head(tree, model)
     return _named(tree, found)
 

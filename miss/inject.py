@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from miss.errors import ShapeError, StateError, at, named
 from miss.forms import METHODS, check_adapter_dtype
+from miss.heads import made_anew
 from miss.layers import AdaptedLayer, class_of
 from miss.layers.forwards import refuse_replaced
 from miss.layers.host import d_name
@@ -17,7 +18,15 @@ from miss.merging import bake_, check_mergeable, check_restorable, guard, places
 from miss.parents import place_hooks, refuse_offloaded, remove_hooks
 from miss.plan import candidates, planned
 from miss.targets import select
-from miss.trained import besides, not_linear, unadapted_head, warn_of_frozen, warn_of_half
+from miss.trained import (
+    KEPT,
+    besides,
+    keep_,
+    not_linear,
+    unadapted_head,
+    warn_of_frozen,
+    warn_of_half,
+)
 from miss.tree import Tree
 
 __all__ = ["SKIPPED", "adopt_all_", "eject", "inject"]
@@ -112,8 +121,7 @@ def inject(
         layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
         trained = beside.parameters | (unadapted_head(tree, layers) if freeze else {})
         warn_of_half(trained)
-        first = INJECTED not in tree.root.__dict__
-        warn_of_frozen(tree, trained.values(), layers, freeze and first)
+        warn_of_frozen(tree, trained.values(), layers, freeze and _is_first(tree))
         adopt_all_(tree, plan, trained.values(), freeze)
         for module, reason in found.skipped:
             module.__dict__[SKIPPED] = reason
@@ -126,17 +134,29 @@ def adopt_all_(tree: Tree, plan: list[Adapter], trained: Iterable[Tensor], freez
         kept: set[int] = set()
         for layer in tree.adapted.values():
             kept |= {id(layer._parameters.get(d_name(p))) for p in layer.miss_configs}
-        later = INJECTED in tree.root.__dict__
-        for module in [adapter.layer for adapter in plan] if later else [tree.model]:
+        for module in tree.unique:  # what an earlier call trains stays trained
+            named_ones = [module._parameters.get(key) for key in module.__dict__.get(KEPT, ())]
+            kept |= {id(p) for p in named_ones if p is not None and p.requires_grad}
+        for module in [tree.model] if _is_first(tree) else [adapter.layer for adapter in plan]:
             for parameter in module.parameters():
                 if id(parameter) not in kept:
                     parameter.requires_grad = False  # a lazy parameter has no requires_grad_()
-    for tensor in trained:
+    written = list(trained)
+    for tensor in written:
         tensor.requires_grad = True
+    anew = {id(parameter) for parameter in made_anew(tree).values()}
+    for adapter in plan:
+        written += [p for p in adapter.layer.parameters(recurse=False) if id(p) in anew]
+    keep_(tree, written)
     tree.root.__dict__[INJECTED] = True
     for adapter in plan:
         swap_(adapter)
     place_hooks(tree)
+
+
+def _is_first(tree: Tree) -> bool:
+    """Whether no adapter of an earlier call on this model is left."""
+    return INJECTED not in tree.root.__dict__ or not tree.adapted
 
 
 def eject(model: Model, *, merge: bool = False) -> Model:
@@ -184,8 +204,8 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         guard(tree)
         remove_hooks(tree)
         for module in tree.unique:
-            module.__dict__.pop(SKIPPED, None)
-            module.__dict__.pop(INJECTED, None)
+            for note in (SKIPPED, INJECTED, KEPT):
+                module.__dict__.pop(note, None)
         return model
 
 

@@ -1,6 +1,6 @@
 """Put an adapter's tensors into a model: check all of them, then write all of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from miss.merging import places
 from miss.parents import refuse_offloaded
 from miss.plan import candidates
 from miss.records import Record, record_of
-from miss.tensors import can_be_trained, same, unwritable
-from miss.trained import unadapted_head
+from miss.tensors import can_be_trained, is_lazy, same, unwritable
+from miss.trained import keep_, unadapted_head
 from miss.tree import Tree, joined
 
 __all__ = ["Fit", "check_fit", "check_keys", "copy_", "fit", "named_tensors", "own_adapters"]
@@ -58,19 +58,22 @@ def fit(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]
             error.do = error.do or "load it into the model whose adapters were saved"
             raise
         slots = dict(zip(records, (adapter.d for adapter in plan)))
+    buffers: set[str] = set()
     for name, module in tree.of_type(nn.Module).items():
         named_ones = named_tensors(name, module)
         slots |= {key: tensor for key, tensor in named_ones.items() if key in tensors}
+        buffers |= {joined(name, key) for key in module._buffers}
     check_keys([], sorted(set(tensors) - set(slots)))
-    check_fit(tensors, slots, "build the model as the saved one was built")
+    check_fit(tensors, slots, "build the model as the saved one was built", buffers)
     return Fit(tensors, slots, plan)
 
 
-def write_(tree: Tree, fitted: Fit, trained: Iterable[str]) -> None:
+def write_(tree: Tree, fitted: Fit, extra: Iterable[str], trained: Container[str]) -> None:
     """Put what `fit` has checked into the model, injecting if it has no adapter; all or nothing.
 
-    A model that is injected is frozen, as by `miss.inject`. The Parameters ``trained`` and those of
-    heads are switched on, in any model.
+    A model that is injected is frozen, as by `miss.inject`, except for its heads. What is
+    ``trained`` among the ``extra`` tensors, by key, is switched on, in any model. `miss.save`
+    writes the Parameters among them again.
 
     Raises:
         CheckpointError: two tensors differ that are one in the model.
@@ -78,12 +81,11 @@ def write_(tree: Tree, fitted: Fit, trained: Iterable[str]) -> None:
     """
     tensors, slots, plan = fitted
     copy_(tensors, slots)
-    layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
-    on = list(unadapted_head(tree, layers).values())
-    for key in trained:
-        slot = slots[key]
-        on += [slot] if isinstance(slot, nn.Parameter) and can_be_trained(slot) else []
+    on = list(unadapted_head(tree, [adapter.layer for adapter in plan]).values())
+    others = {key: slots[key] for key in extra if isinstance(slots[key], nn.Parameter)}
+    on += [slot for key, slot in others.items() if key in trained and can_be_trained(slot)]
     adopt_all_(tree, plan, on, freeze=bool(plan))
+    keep_(tree, others.values())
 
 
 def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
@@ -133,14 +135,22 @@ def check_keys(
         raise CheckpointError(rule, actual="; ".join(counts), do=do)
 
 
-def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor], shaped: str = "") -> None:
+def check_fit(
+    tensors: Mapping[str, Tensor],
+    slots: Mapping[str, Tensor],
+    shaped: str = "",
+    buffers: Container[str] = (),
+) -> None:
     """Check each tensor against the one that it replaces: same shape, and no value is rounded.
 
-    ``shaped`` says what to do if a tensor has another shape.
+    ``shaped`` says what to do if a tensor has another shape, and ``buffers`` may be infinite.
     """
-    files.check_tensors(tensors)
+    files.check_tensors(tensors, buffers)
     for key, tensor in tensors.items():
         slot = slots[key]
+        if is_lazy(slot):
+            rule = f"{key} of the model has no shape yet"
+            raise CheckpointError(rule, do="run the model once, then load")
         expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slot, tensor))
         if tensor.shape != slot.shape:
             rule = f"{key} has another shape"

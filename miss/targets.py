@@ -111,13 +111,15 @@ def chosen(tree: Tree, targets: Targets, argument: str) -> Chosen:
         TargetError: a target is malformed or matches nothing; it names the ``argument``.
     """
     tops: list[nn.Module] = []
-    own = _parameters(tree)
+    own, aliases = _parameters(tree)
     found: dict[str, Tensor] = {}
     for target in matching.listed(targets, argument):
         hits = matching.hits(tree, target, tree.output_head)
-        named_ones = {}
+        named_ones: dict[str, Tensor] = {}
         if isinstance(target, str) and target != ALL_LINEAR:
-            named_ones = {name: p for name, p in own.items() if matching.fits(target, name)}
+            for name, first in aliases.items():
+                if matching.fits(target, name):
+                    named_ones[first] = own[first]
         if not hits.modules and not named_ones:
             names = [entry.name for entry in tree.entries if entry.name]
             with at(argument):
@@ -133,16 +135,19 @@ def chosen(tree: Tree, targets: Targets, argument: str) -> Chosen:
     return Chosen(modules, found)
 
 
-def _parameters(tree: Tree) -> dict[str, Tensor]:
-    """Every Parameter except D, by full name; a module's under its first name."""
+def _parameters(tree: Tree) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every Parameter except D under its module's first name, and that name by each full name."""
     found: dict[str, Tensor] = {}
-    for name, module in tree.of_type(nn.Module).items():
+    aliases: dict[str, str] = {}
+    for name, module, _ in tree.entries:
         configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
         ds = set(map(d_name, configs))
         for key, parameter in module._parameters.items():
             if parameter is not None and key not in ds:
-                found[joined(name, key)] = parameter
-    return found
+                first = joined(tree.first[id(module)], key)
+                found[first] = parameter
+                aliases[joined(name, key)] = first
+    return found, aliases
 
 
 def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, str]]]:
@@ -232,7 +237,8 @@ def _no_match(
     if target == ALL_LINEAR:
         rule, do = "matches nothing: the model has no linear layer", "name layers of other types"
         return TargetError(rule, do=f"{do}, which miss.register(type, host) makes adaptable")
-    if matching.is_plain(target) and any(matching.fits(str(target), n) for n in _parameters(tree)):
+    _, aliases = _parameters(tree)
+    if matching.is_plain(target) and any(matching.fits(str(target), name) for name in aliases):
         rule = "matches a Parameter that is no matrix, and only matrices are adapted"
         return TargetError(rule, do=f"trainable={target!r} trains it")
     weights: list[str] = []

@@ -78,8 +78,11 @@ def unwritable(tensor: Tensor) -> str | None:
 
 
 def can_be_trained(parameter: Tensor) -> bool:
-    """Whether a Parameter can require grad."""
-    return parameter.is_floating_point() or parameter.is_complex()
+    """Whether a Parameter can require grad: of a floating dtype, and not made in inference mode."""
+    floating = parameter.is_floating_point() or parameter.is_complex()
+    return floating and (
+        parameter.requires_grad or is_lazy(parameter) or not parameter.is_inference()
+    )
 
 
 def has_two_axes(tensor: Tensor | None) -> TypeGuard[Tensor]:

@@ -1,19 +1,23 @@
 """What is trained besides adapters: what `trainable` names, and the heads of transformers."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from miss.errors import StateError, at, named, some
+from miss.errors import StateError, at, some
 from miss.heads import head_of, made_anew
 from miss.matching import Targets
 from miss.targets import Chosen, chosen
 from miss.tensors import can_be_trained
-from miss.tree import Tree
+from miss.tree import Tree, joined
 
-__all__ = ["besides", "not_linear", "unadapted_head", "warn_of_frozen", "warn_of_half"]
+__all__ = ["KEPT", "besides", "keep_", "not_linear", "unadapted_head", "warn_of_frozen"]
+__all__ += ["warn_of_half"]
+
+# Attribute of a module: the names of its Parameters that `miss.save` writes, whatever their flags.
+KEPT = "_miss_kept"
 
 
 def besides(tree: Tree, trainable: Targets) -> Chosen:
@@ -21,15 +25,16 @@ def besides(tree: Tree, trainable: Targets) -> Chosen:
 
     Raises:
         TargetError: a target is malformed or matches nothing.
-        StateError: a Parameter is not of a floating dtype.
+        StateError: a Parameter is not of a floating dtype, or was made in inference mode.
     """
     found = chosen(tree, trainable, "trainable")
     for name, parameter in found.parameters.items():
         if not can_be_trained(parameter):
             with at(name):
                 rule = "cannot be trained, as trainable asks: only floating Parameters can"
+                mode = ", made in inference mode" if parameter.is_inference() else ""
                 do = "leave it out of trainable, or name its layer in targets"
-                raise StateError(rule, actual=parameter.dtype, do=do)
+                raise StateError(rule, actual=f"{parameter.dtype}{mode}", do=do)
     return found
 
 
@@ -43,16 +48,28 @@ def not_linear(tree: Tree, trained: Chosen) -> set[int]:
     return found
 
 
-def unadapted_head(tree: Tree, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
-    """The Parameters of heads, by full name, that can be trained and lie in none of ``layers``."""
+def unadapted_head(tree: Tree, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The Parameters of heads, by full name, that can be trained and lie in none of ``layers``.
+
+    A task model that holds none of ``layers``, such as a teacher, is left alone.
+    """
     held: set[int] = set()
     for layer in layers:
         held |= set(map(id, layer._parameters.values()))
     found: dict[str, Tensor] = {}
-    for name, parameter in head_of(tree).items():
+    for name, parameter in head_of(tree, tree.holding(layers)).items():
         if id(parameter) not in held and can_be_trained(parameter):
             found[name] = parameter
     return found
+
+
+def keep_(tree: Tree, parameters: Iterable[Tensor]) -> None:
+    """Note on their modules that `miss.save` writes these Parameters, whatever their flags."""
+    wanted = set(map(id, parameters))
+    for module in tree.unique if wanted else ():
+        names = {key for key, p in module._parameters.items() if id(p) in wanted}
+        if names:
+            module.__dict__[KEPT] = sorted(names.union(module.__dict__.get(KEPT, ())))
 
 
 def warn_of_half(trained: Mapping[str, Tensor]) -> None:
@@ -84,7 +101,17 @@ def warn_of_frozen(
         if id(parameter) not in kept and (freeze or not parameter.requires_grad):
             frozen.append(name)
     if frozen:
-        tops = dict.fromkeys(named(name.rpartition(".")[0]) for name in frozen)
-        text = f"from_pretrained made {some(frozen)} anew, since the checkpoint lacks them, and "
-        text += f"they stay frozen at random values. trainable={list(tops)} trains them"
+        text = f"from_pretrained did not read {some(frozen)} from the checkpoint. They stay frozen "
+        text += f"as they were initialised. trainable={_shortest(tree, frozen)} trains them"
         warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def _shortest(tree: Tree, names: list[str]) -> list[str]:
+    """Targets that match these Parameters and no others: a module stands for all that it holds."""
+    left, found = set(names), []
+    for name, module in tree.of_type(nn.Module).items():
+        held = {joined(name, key) for key, _ in module.named_parameters()}
+        if name and held and held <= left:
+            found.append(name)
+            left -= held
+    return found + sorted(left)

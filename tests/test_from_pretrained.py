@@ -89,6 +89,8 @@ def assert_ds(model: nn.Module, expected: list[Tensor]):
     for d, want in zip(ds, expected):
         assert d.requires_grad
         assert torch.equal(d, want.to(d.dtype))
+    for layer in adapted_modules(model).values():
+        assert not any(p.requires_grad for p in (layer.weight, layer.bias) if p is not None)
 
 
 @pytest.mark.parametrize("option", sorted(OPTIONS))

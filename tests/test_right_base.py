@@ -109,6 +109,21 @@ def test_an_adapted_weight_that_is_tied_counts_under_every_name(tmp_path: pathli
         load(other, path)
 
 
+def test_a_tie_of_the_file_is_compared_name_by_name(tmp_path: pathlib.Path):
+    base = llama()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    path = saved(tmp_path, base, "q_proj")
+    untied = copy.deepcopy(base)
+    untied.lm_head.weight = nn.Parameter(base.lm_head.weight + 1.0, requires_grad=False)
+    with pytest.warns(UserWarning, match=r"other values of lm_head\.weight$"):
+        load(untied, path)
+    path = saved(tmp_path, base, "lm_head")
+    untied = copy.deepcopy(base)
+    untied.lm_head.weight = nn.Parameter(base.lm_head.weight + 1.0, requires_grad=False)
+    with pytest.raises(CheckpointError, match=r"actual: +lm_head\.weight\n"):
+        load(untied, path)
+
+
 def test_what_the_file_holds_is_not_asked(tmp_path: pathlib.Path):
     whole = fill(inject(wide().requires_grad_(True), "1", rank=4, freeze=False))
     save(whole, tmp_path / "whole.pt")

@@ -1,5 +1,6 @@
 """What is trained besides adapters: switched on, saved, and brought back."""
 
+import copy
 import pathlib
 import warnings
 
@@ -10,10 +11,13 @@ from torch import nn
 
 from benchmarks.quickstart import folder
 from miss import (
+    CheckpointError,
     StateError,
     TargetError,
     adapter_state_dict,
+    eject,
     inject,
+    interop,
     load,
     merge,
     save,
@@ -162,6 +166,74 @@ def test_a_model_that_was_not_frozen_comes_back_whole(tmp_path: pathlib.Path):
     assert on(loaded) == on(model) == set(dict(stack().named_parameters()))
 
 
+@pytest.mark.parametrize("again", ["frozen", "adapted", "copied", "loaded", "from peft"])
+def test_what_was_trained_is_written_whatever_its_flag_is_now(tmp_path: pathlib.Path, again: str):
+    model = fill(inject(stack(), "0", rank=2, trainable=["3", "*.bias"]))
+    x = torch.randn(4, 6)
+    if again == "frozen":
+        model.requires_grad_(False)
+    if again == "adapted":
+        fill(inject(model, "2", rank=2))
+        assert on(model) == {"0.bias", "1.bias", "2.bias", "3.weight", "3.bias"}
+    if again == "copied":
+        model = copy.deepcopy(model.requires_grad_(False))
+    if again == "loaded":
+        save(model, tmp_path / "first.pt")
+        model = load(stack(), tmp_path / "first.pt").requires_grad_(False)
+    if again == "from peft":
+        interop.peft.save(model, tmp_path, extra=["3", "*.bias"])
+        model = interop.peft.load(stack(), tmp_path)
+        assert on(model) >= {"0.bias", "1.bias", "2.bias", "3.weight", "3.bias"}
+    save(model, tmp_path / "a.pt")
+    loaded = load(stack(), tmp_path / "a.pt")
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert on(loaded) == on(model)
+    assert not any("_miss_kept" in vars(module) for module in eject(model).modules())
+
+
+def test_after_a_part_was_ejected_the_model_is_frozen_again():
+    model = nn.Sequential(stack(), nn.Linear(6, 6))
+    eject(inject(model, "0.0", rank=2)[0])
+    assert on(inject(model.requires_grad_(True), "1", rank=2)) == set()
+    outer = nn.Sequential(inject(stack(), "0", rank=2, trainable="3"), nn.Linear(6, 6))
+    assert on(inject(outer, "1", rank=2)) == {"0.3.weight", "0.3.bias"}
+
+
+def test_buffers_may_be_infinite_or_empty_and_not_nan(tmp_path: pathlib.Path):
+    def make() -> nn.Module:
+        model = stack()
+        model[3].register_buffer("mask", torch.full((6,), -torch.inf))
+        model[3].register_buffer("queue", torch.zeros(0))
+        return model
+
+    model = inject(make(), "0", rank=2, trainable="3")
+    model[3].mask[0] = 0
+    save(model, tmp_path / "a.pt")
+    loaded = load(make(), tmp_path / "a.pt")
+    assert torch.equal(loaded[3].mask, model[3].mask)
+    model[3].mask[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"3\.mask has elements that are not finite"):
+        save(model, tmp_path / "a.pt")
+
+
+def test_tensors_of_inference_mode_and_of_lazy_layers(tmp_path: pathlib.Path):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(StateError, match=r"1\.weight: cannot be trained.*\n.*inference mode"):
+        inject(model, "0", rank=2, trainable="1")
+    assert all(p.requires_grad for p in model[0].parameters())
+    path = tmp_path / "a.pt"
+    save(inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "0", rank=2, trainable="1"), path)
+    with pytest.raises(CheckpointError, match=r"1\.\w+ of the model has no shape yet\n  do: +run"):
+        load(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), path)
+    lazy = inject(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), "0", rank=2, trainable="1")
+    with pytest.raises(
+        CheckpointError, match=r"1\.\w+ has no shape yet\n  do: +run the model once"
+    ):
+        save(lazy, path)
+
+
 # --- heads of transformers
 
 
@@ -178,6 +250,15 @@ def test_a_head_is_trained_whatever_the_targets(tmp_path: pathlib.Path):
     assert on(again) == on(model)
     assert on(inject(bert().requires_grad_(False), "query", rank=2, freeze=False)) == set()
     assert on(inject(llama(), "q_proj", rank=2)) == set()
+
+
+def test_a_head_that_is_not_to_be_trained(tmp_path: pathlib.Path):
+    both = nn.ModuleDict({"teacher": bert().requires_grad_(False), "student": bert(1).bert})
+    assert on(inject(both, "student.*.query", rank=2)) == set()
+    model = inject(bert(), "query", rank=2)
+    model.classifier.requires_grad_(False)
+    save(model, tmp_path / "a.pt")
+    assert on(load(model, tmp_path / "a.pt")) == set()  # a model with adapters keeps its flags
 
 
 @pytest.mark.parametrize("form", ["misse", "miss"])
@@ -199,7 +280,7 @@ def test_what_from_pretrained_made_anew_is_warned_of_or_saved(tmp_path: pathlib.
     def base() -> nn.Module:
         return transformers.BertModel.from_pretrained(tmp_path / "base")
 
-    with pytest.warns(UserWarning, match=r"pooler.* anew.*trainable=\['pooler\.dense'\]"):
+    with pytest.warns(UserWarning, match=r"did not read pooler.*trainable=\['pooler'\]"):
         inject(base(), "query", rank=2)
     assert on(inject(base(), "query", rank=2, trainable="pooler")) == {
         "pooler.dense.weight",
@@ -211,6 +292,8 @@ def test_what_from_pretrained_made_anew_is_warned_of_or_saved(tmp_path: pathlib.
     assert not torch.equal(other.pooler.dense.weight, model.pooler.dense.weight)
     again = load(other, tmp_path / "a.safetensors")
     assert torch.equal(again(TOKENS).pooler_output, model(TOKENS).pooler_output)
+    save(copy.deepcopy(model), tmp_path / "copy.pt")  # a copy has lost transformers' marks
+    assert torch.equal(load(base(), tmp_path / "copy.pt")(TOKENS)[0], model(TOKENS)[0])
 
 
 def test_a_classifier_comes_back_with_its_accuracy(tmp_path: pathlib.Path):
