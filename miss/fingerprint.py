@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from miss.errors import CheckpointError
-from miss.layers import AdaptedLayer
-from miss.layers.host import base_name, d_name
+from miss.state import base_tensors
 from miss.tensors import SAMPLES, is_data, positions
 from miss.tree import Tree, joined
 
@@ -153,17 +152,10 @@ def differing(tree: Tree, description: dict[str, Any], values: Tensor | None) ->
 
 
 def _weights(tree: Tree) -> dict[str, Tensor]:
-    """The Parameters, except D, by each of their names; while a layer is merged, its kept base."""
+    """The `base_tensors` of a model, by each of their names."""
     found: dict[str, Tensor] = {}
     for name, module, _ in tree.entries:
-        own = dict(module._parameters)
-        for parameter in module.miss_configs if isinstance(module, AdaptedLayer) else ():
-            own.pop(d_name(parameter), None)
-            kept: Any = module._buffers.get(base_name(parameter))
-            own[parameter] = own.get(parameter) if kept is None else kept
-        for key, tensor in own.items():
-            if tensor is not None:
-                found[joined(name, key)] = tensor
+        found |= base_tensors(name, module)
     return found
 
 

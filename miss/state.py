@@ -10,7 +10,7 @@ from miss import files
 from miss.errors import CheckpointError, StateError, at, merged_error, named
 from miss.forms import METHODS
 from miss.inject import adopt_all_
-from miss.layers import AdaptedLayer, class_of, host_of, parameters_of, path_of
+from miss.layers import AdaptedLayer, base_parameters, class_of, host_of, parameters_of, path_of
 from miss.layers.host import base_name, d_name
 from miss.layers.swap import Adapter, new_d
 from miss.merging import places
@@ -21,8 +21,8 @@ from miss.tensors import can_be_trained, is_lazy, same, unwritable
 from miss.trained import keep_, unadapted_head
 from miss.tree import Tree, joined
 
-__all__ = ["Fit", "check_fit", "check_keys", "copy_", "fit", "named_tensors", "own_adapters"]
-__all__ += ["no_module", "refuse_merged", "write_"]
+__all__ = ["Fit", "base_tensors", "check_fit", "check_keys", "copy_", "fit", "named_tensors"]
+__all__ += ["no_module", "own_adapters", "refuse_merged", "write_"]
 
 
 class Fit(NamedTuple):
@@ -60,8 +60,8 @@ def fit(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]
         slots = dict(zip(records, (adapter.d for adapter in plan)))
     buffers: set[str] = set()
     for name, module in tree.of_type(nn.Module).items():
-        named_ones = named_tensors(name, module)
-        slots |= {key: tensor for key, tensor in named_ones.items() if key in tensors}
+        own = named_tensors(name, module)
+        slots |= {key: tensor for key, tensor in own.items() if key in tensors}
         buffers |= {joined(name, key) for key in module._buffers}
     check_keys([], sorted(set(tensors) - set(slots)))
     check_fit(tensors, slots, "build the model as the saved one was built", buffers)
@@ -112,14 +112,26 @@ def refuse_merged(adapted: Mapping[str, AdaptedLayer]) -> None:
                 raise merged_error("an adapter that is loaded now would have no effect")
 
 
-def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of a module, without D; the base even while merged."""
-    own = {**module._parameters, **module._buffers}
-    transient = set(module._non_persistent_buffers_set)
+def base_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The direct Parameters of the module ``name`` by full name, without D's.
+
+    While it is merged, the kept base stands for a merged Parameter.
+    """
+    found: dict[str, Tensor] = dict(base_parameters(module))
     for parameter in module.miss_configs if isinstance(module, AdaptedLayer) else ():
-        transient.add(d_name(parameter))
-        own[parameter] = own.get(base_name(parameter), own.get(parameter))
-    return {joined(name, k): t for k, t in own.items() if t is not None and k not in transient}
+        kept = module._buffers.get(base_name(parameter))
+        if kept is not None:
+            found[parameter] = kept
+    return {joined(name, key): tensor for key, tensor in found.items()}
+
+
+def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """`base_tensors` and the persistent buffers of a module, by full name."""
+    found = base_tensors(name, module)
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            found[joined(name, key)] = buffer
+    return found
 
 
 def check_keys(

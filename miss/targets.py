@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from miss import matching
 from miss.errors import TargetError, at, named
-from miss.layers import AdaptedLayer, looks_linear, parameters_of, path_of
-from miss.layers.host import d_name
+from miss.layers import base_parameters, looks_linear, parameters_of, path_of
 from miss.matching import ALL_LINEAR, FORMS, Hits, Target, Targets
 from miss.tensors import has_two_axes
 from miss.tree import Tree, joined
@@ -115,23 +114,22 @@ def chosen(tree: Tree, targets: Targets, argument: str) -> Chosen:
     found: dict[str, Tensor] = {}
     for target in matching.listed(targets, argument):
         hits = matching.hits(tree, target, tree.output_head)
-        named_ones: dict[str, Tensor] = {}
+        matched: dict[str, Tensor] = {}
         if isinstance(target, str) and target != ALL_LINEAR:
             for name, first in aliases.items():
                 if matching.fits(target, name):
-                    named_ones[first] = own[first]
-        if not hits.modules and not named_ones:
+                    matched[first] = own[first]
+        if not hits.modules and not matched:
             names = [entry.name for entry in tree.entries if entry.name]
             with at(argument):
                 shown = f"{matching.shown(target)} "
                 raise matching.unknown_name(target, [*names, *own], shown)
         tops += hits.modules.values()
-        found |= named_ones
+        found |= matched
     modules = {tree.first[key]: module for key, module in tree.inside(tops).items()}
     for name, module in modules.items():
-        for key in module._parameters:
-            if (full := joined(name, key)) in own:
-                found[full] = own[full]
+        for key, parameter in base_parameters(module).items():
+            found[joined(name, key)] = parameter
     return Chosen(modules, found)
 
 
@@ -140,13 +138,10 @@ def _parameters(tree: Tree) -> tuple[dict[str, Tensor], dict[str, str]]:
     found: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, module, _ in tree.entries:
-        configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
-        ds = set(map(d_name, configs))
-        for key, parameter in module._parameters.items():
-            if parameter is not None and key not in ds:
-                first = joined(tree.first[id(module)], key)
-                found[first] = parameter
-                aliases[joined(name, key)] = first
+        for key, parameter in base_parameters(module).items():
+            first = joined(tree.first[id(module)], key)
+            found[first] = parameter
+            aliases[joined(name, key)] = first
     return found, aliases
 
 
