@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from miss import files
-from miss.errors import CheckpointError, StateError, at, merged_error, named
+from miss.errors import CheckpointError, StateError, at, merged_error, named, replaced_error
 from miss.forms import METHODS
 from miss.inject import adopt_all_
 from miss.layers import AdaptedLayer, base_parameters, class_of, host_of, parameters_of, path_of
@@ -93,11 +93,11 @@ def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
     adapted = tree.adapted
     for name, layer in adapted.items():
         for parameter, config in layer.miss_configs.items():
-            key, d = d_name(parameter), layer._parameters.get(d_name(parameter))
+            key = d_name(parameter)
+            d = layer._parameters.get(key)
             with at(named(name)):
                 if d is None:
-                    rule = f"its {key} is no parameter of its own any more (pruned, parametrized?)"
-                    raise StateError(rule, do="remove what replaced it")
+                    raise replaced_error(key)
                 if d.shape != config.d_shape:
                     rule, actual = f"its {key} has another shape (partitioned?)", tuple(d.shape)
                     raise StateError(rule, expected=config.d_shape, actual=actual)
@@ -169,10 +169,8 @@ def check_fit(
             raise CheckpointError(rule, expected=expected, actual=actual, do=shaped)
         if tensor.dtype != slot.dtype and not same(tensor.to(slot.dtype).to(tensor.dtype), tensor):
             rule = f"{key} has another dtype, and its values would be rounded"
-            do = (
-                f"give the model's tensor the dtype {tensor.dtype} (a D has it if the model has no "
-            )
-            do += f"adapter yet), or round it yourself with .to({slot.dtype})"
+            do = f"give the model's tensor the dtype {tensor.dtype} (a D has it if the model has "
+            do += f"no adapter yet), or round it yourself with .to({slot.dtype})"
             raise CheckpointError(rule, expected=expected, actual=actual, do=do)
 
 

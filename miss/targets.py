@@ -47,7 +47,7 @@ def select(
     candidates: Mapping[int, str | None],
     *,
     exclude: Targets = (),
-    not_linear: Container[int],
+    not_in_all_linear: Container[int],
 ) -> Selection:
     """Resolve ``targets``, sorted by name; `miss.inject` says what each form of target matches.
 
@@ -56,7 +56,7 @@ def select(
         targets: one target or an iterable of them.
         candidates: by id, why a module that looks adaptable cannot be adapted; None if it can.
         exclude: in the forms of ``targets``; a module stands for all that it contains.
-        not_linear: the ids of modules that ``"all-linear"`` leaves out.
+        not_in_all_linear: the ids of modules that ``"all-linear"`` leaves out.
 
     Raises:
         TargetError: a target is malformed or matches nothing; a plain string matches what cannot be
@@ -74,7 +74,7 @@ def select(
         with at("targets"):
             raise TargetError("must name at least one module", expected=FORMS, actual=repr(targets))
     for target in wanted:
-        hits = matching.hits(tree, target, not_linear)
+        hits = matching.hits(tree, target, not_in_all_linear)
         refused = {key: why for key in hits.modules if (why := candidates.get(key)) is not None}
         meant = [key for key in refused if key not in excluded]
         if meant and matching.is_plain(target):

@@ -21,7 +21,8 @@ from miss.state import named_tensors, own_adapters
 from miss.tensors import contiguous
 from miss.tree import Tree, joined
 
-__all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "saved_modules", "write"]
+__all__ = ["PREFIX", "adapted", "aliased", "base_config", "holders", "read", "saved_modules"]
+__all__ += ["write"]
 
 PREFIX = "base_model.model."  # of every key
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -113,9 +114,7 @@ def saved_modules(
             tops.append(name)
     ends = tuple(tops)
     for name, module, _ in tree.entries:
-        parts = name.split(".")
-        inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        if not ends or not any(part.endswith(ends) for part in inside):
+        if not any(holder.endswith(ends) for holder in holders(name)):
             continue
         if name.endswith(ends) and (why := _unfit(tree, module, holding)) is not None:
             with at(named(name)):
@@ -129,6 +128,12 @@ def saved_modules(
         text = f"running statistics are not written, since PEFT has no place for them: {some(lost)}"
         warnings.warn(text, UserWarning, stacklevel=3)
     return tops, tensors
+
+
+def holders(name: str) -> list[str]:
+    """The names of the modules that a module lies in, outermost first, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
 def _unfit(tree: Tree, module: nn.Module, holding: set[int]) -> str | None:

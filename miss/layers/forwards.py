@@ -58,8 +58,9 @@ def offloads(module: nn.Module, *, below: bool = False) -> bool:
     whether the hook does so with the weights of all modules in it.
     """
     for hook in _hooks(module.__dict__.get("_hf_hook")):
-        kinds = ["offload", *(["place_submodules"] if below else [])]
-        if all(getattr(hook, kind, False) is True for kind in kinds):
+        offloading = getattr(hook, "offload", False) is True
+        of_all = getattr(hook, "place_submodules", False) is True
+        if offloading and (of_all or not below):
             return True
     return False
 
@@ -67,9 +68,9 @@ def offloads(module: nn.Module, *, below: bool = False) -> bool:
 def offloaded_error(why: str) -> StateError:
     """The error of a call that a layer refuses while accelerate offloads its weights."""
     rule = f"accelerate offloads its weights, which are on meta between two calls: {why}"
-    do = "accelerate.hooks.remove_hook_from_submodules(model) first; a model that was loaded with "
-    do += "offload has to be loaded without it (a device_map that leaves nothing on 'disk', nor "
-    do += "on 'cpu' beside another device)"
+    do = "accelerate.hooks.remove_hook_from_submodules(model) first; load a model that was loaded "
+    do += "with offload again without it (a device_map that puts nothing on 'disk', nor on 'cpu' "
+    do += "besides another device)"
     return StateError(rule, do=do)
 
 
