@@ -204,20 +204,10 @@ def _no_match(
         rule = f"matches no layer that can be adapted; {named(tree.first[key])} {why}"
         return TargetError(rule)
     if hits.modules:
-        kinds = ", ".join(sorted({type(module).__name__ for module in hits.modules.values()}))
-        if any(candidates.get(key, "") is None for key in tree.inside(hits.modules.values())):
-            return _container(target, tree.first[next(iter(hits.modules))], names, kinds)
-        held: list[str] = []
-        for key, module in hits.modules.items():
-            for parameter, tensor in module._parameters.items():
-                held += [joined(tree.first[key], parameter)] if has_two_axes(tensor) else []
-        own = f"; their Parameters are {', '.join(map(repr, held[:5]))}" if held else ""
-        rule = "matches no torch.nn.Linear and no layer of a registered type"
-        do = "miss.register(type, host), for a type of your own"
-        do = f"{do}; trainable={target!r} trains it whole" if isinstance(target, str) else do
-        return TargetError(
-            rule, expected=matching.nearest(target, names), actual=kinds + own, do=do
-        )
+        inside = tree.inside(hits.modules.values())
+        if any(candidates.get(key, "") is None for key in inside):
+            return _container(target, tree, hits.modules, names)
+        return _no_layer(target, tree, hits.modules, names)
     if hits.left:
         return matching.only_parameters(target, list(hits.left))
     if target == ALL_LINEAR and names:
@@ -237,15 +227,42 @@ def _no_match(
         rule = "matches a Parameter that is no matrix, and only matrices are adapted"
         return TargetError(rule, do=f"trainable={target!r} trains it")
     weights: list[str] = []
-    for held_under in tree.weights.values():
-        weights += [full for full, module, _ in held_under if not looks_linear(module)]
+    for of_one_name in tree.weights.values():
+        weights += [full for full, module, _ in of_one_name if not looks_linear(module)]
     return matching.unknown_name(target, names, weights=weights)
 
 
-def _container(target: Target, name: str, names: list[str], kinds: str) -> TargetError:
-    """The error of a target that matches modules that hold layers; ``name`` is the first one's."""
+def _no_layer(
+    target: Target, tree: Tree, modules: Mapping[int, nn.Module], names: list[str]
+) -> TargetError:
+    """The error of a target that matches modules, in which there is nothing to adapt."""
+    held: list[str] = []
+    for key, module in modules.items():
+        for parameter, tensor in module._parameters.items():
+            if has_two_axes(tensor):
+                held.append(joined(tree.first[key], parameter))
+    rule, actual = "matches no torch.nn.Linear and no layer of a registered type", _kinds(modules)
+    if held:
+        actual += f"; their Parameters are {', '.join(map(repr, held[:5]))}"
+    do = "miss.register(type, host), for a type of your own"
+    if isinstance(target, str):
+        do += f"; trainable={target!r} trains it whole"
+    return TargetError(rule, expected=matching.nearest(target, names), actual=actual, do=do)
+
+
+def _container(
+    target: Target, tree: Tree, modules: Mapping[int, nn.Module], names: list[str]
+) -> TargetError:
+    """The error of a target that matches modules that hold layers."""
     rule, do = "matches modules that hold layers, and no layer", ""
     if isinstance(target, str) and matching.is_plain(target):
+        name = tree.first[next(iter(modules))]
         inside = f"{name}.*" if name == target else f"*.{target}.*"
         do = f"{inside if name else '*'!r} adapts those inside"
-    return TargetError(rule, expected=matching.nearest(target, names), actual=kinds, do=do)
+    expected = matching.nearest(target, names)
+    return TargetError(rule, expected=expected, actual=_kinds(modules), do=do)
+
+
+def _kinds(modules: Mapping[int, nn.Module]) -> str:
+    """The types of modules, for a message."""
+    return ", ".join(sorted({type(module).__name__ for module in modules.values()}))
