@@ -20,15 +20,16 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # the statisti
 
 
 def extra_tensors(tree: Tree, extra: "Targets | None") -> dict[str, Tensor]:
-    """The tensors that a file holds besides adapters, by full name; a merged layer's base.
+    """The tensors that a file holds besides adapters, by full name; of a merged layer, the base.
 
     Args:
         tree: an adapted model.
         extra: modules, with all Parameters and persistent buffers inside, and Parameters. None is
             all that training changes besides D: Parameters that require grad, or that `inject` or
-            `load` switched on; the buffers of their modules, and of modules in which all of them
-            are; and running statistics. And it is what a base made afresh has not: the Parameters
-            of an adapted layer that are part of a head, or that ``from_pretrained`` made anew.
+            `load` switched on; the buffers of their modules, and of modules in which every
+            Parameter is such a one; and running statistics. None is also what a base made afresh
+            lacks: the Parameters of an adapted layer that are part of a head, or that
+            ``from_pretrained`` made anew.
 
     Raises:
         TargetError: an ``extra`` matches nothing.
@@ -81,7 +82,7 @@ def _changed(tree: Tree) -> dict[str, Tensor]:
 
 
 def _wholly_trained(tree: Tree) -> list[nn.Module]:
-    """The modules that hold Parameters, and each of them is trained."""
+    """The modules that hold Parameters, of which each is trained."""
     trained: dict[int, bool] = {}
     for _, module, parent in reversed(tree.entries):
         flags = [_is_trained(module, key, p) for key, p in base_parameters(module).items()]

@@ -98,12 +98,13 @@ def check(description: Any, values: Tensor | None) -> None:
 
 
 def differing(tree: Tree, description: dict[str, Any], values: Tensor | None) -> list[str]:
-    """The names, in the file's order, of the Parameters that a model does not have as in a file.
+    """The names, in the file's order, of the Parameters that a model does not have as a file does.
 
-    It lacks the name or the shape, or the values differ. Values of one dtype are equal bit for bit,
-    and NaN equals NaN. Values of two dtypes are equal if they are so after a cast to the one with
-    fewer significand bits. fp16 equals bf16 if both can come from one number. fp8 equals only the
-    same fp8. Parameters of the model that are on meta, quantised or DTensors are not compared.
+    It lacks the name, or has another shape or other values. Values of one dtype are equal bit for
+    bit, and NaN equals NaN. Values of two dtypes are equal if they are equal after a cast to the
+    one with fewer significand bits. fp16 equals bf16 if both can come from one number. fp8 equals
+    only the same fp8. Parameters of the model that are on meta, quantised or DTensors are not
+    compared.
 
     Args:
         tree: a model, adapted or not. While a layer is merged, the kept base is compared.

@@ -1,4 +1,4 @@
-"""Heads of models of transformers, and the Parameters that ``from_pretrained`` made anew."""
+"""Heads of models of transformers, and Parameters that their ``from_pretrained`` initialised."""
 
 import re
 from collections.abc import Collection, Container
@@ -45,8 +45,8 @@ def made_anew(tree: Tree) -> dict[str, nn.Parameter]:
 
     It does so where the checkpoint lacks a Parameter or has it in another shape. transformers 5
     marks every Parameter that it read from the checkpoint or tied, and every module that it
-    initialised. Made anew is an ordinary floating-point Parameter without the mark, in a marked
-    module, inside a model of transformers in which another Parameter has the mark. Those that the
+    initialised. A Parameter counts as made anew if it is ordinary and floating-point, has no mark,
+    and lies in a marked module of a model in which another Parameter has the mark. Those that the
     class declares as possibly missing (``_keys_to_ignore_on_load_missing``, such as tables of
     sinusoids) and the D of an adapted layer are left out.
 

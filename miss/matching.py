@@ -172,7 +172,7 @@ def shown(target: Target) -> str:
 def nearest(target: Target, names: list[str], weights: Iterable[str] = ()) -> str | None:
     """A hint for a mistyped target: the nearest names or endings of names; else some names.
 
-    A Parameter is known by its own name, and hinted with its module's, as a target names it.
+    A Parameter is found by its last component. The hint gives its module's too, as a target does.
     """
     if near := _close(target, names, weights):
         return f"a name in the model: did you mean {' or '.join(near)}?"
@@ -180,7 +180,7 @@ def nearest(target: Target, names: list[str], weights: Iterable[str] = ()) -> st
 
 
 def _close(target: Target, names: list[str], weights: Iterable[str]) -> list[str]:
-    """Up to three names for a mistyped target, in either case of letters."""
+    """Up to three names that are close to a target, whatever the case of letters."""
     pattern = target.pattern if isinstance(target, re.Pattern) else target
     if not isinstance(pattern, str):
         return []

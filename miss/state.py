@@ -71,9 +71,15 @@ def fit(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]
 def write_(tree: Tree, fitted: Fit, extra: Iterable[str], trained: Container[str]) -> None:
     """Put what `fit` has checked into the model, injecting if it has no adapter; all or nothing.
 
-    A model that is injected is frozen, as by `miss.inject`, except for its heads. What is
-    ``trained`` among the ``extra`` tensors, by key, is switched on, in any model. `miss.save`
-    writes the Parameters among them again.
+    A model that is injected is frozen, as by `miss.inject`, except for its heads. Parameters of
+    ``extra`` that are ``trained`` are switched on, in any model. A later `miss.save` writes all
+    Parameters of ``extra`` again.
+
+    Args:
+        tree: the model.
+        fitted: what `fit` returned for it.
+        extra: the keys of the tensors that are no adapters.
+        trained: the keys of the Parameters that were trained.
 
     Raises:
         CheckpointError: two tensors differ that are one in the model.
@@ -155,7 +161,15 @@ def check_fit(
 ) -> None:
     """Check each tensor against the one that it replaces: same shape, and no value is rounded.
 
-    ``shaped`` says what to do if a tensor has another shape, and ``buffers`` may be infinite.
+    Args:
+        tensors: by key, what is to be written.
+        slots: by key, the tensors of the model.
+        shaped: what to do if a tensor has another shape.
+        buffers: the keys of tensors that may hold infinities.
+
+    Raises:
+        CheckpointError: a tensor has another shape, would be rounded, or fails
+            `miss.files.check_tensors`.
     """
     files.check_tensors(tensors, buffers)
     for key, tensor in tensors.items():
@@ -235,7 +249,7 @@ def _plan(
 
 
 def no_module(tree: Tree, name: str) -> CheckpointError:
-    """The error of an adapter for a module that the model has not, or has under a longer name."""
+    """The error of an adapter for a module that the model lacks, or has under a longer name."""
     error = CheckpointError(f"the model has no module {name!r}")
     for longer in tree.modules:
         if name and longer.endswith(f".{name}"):

@@ -32,9 +32,9 @@ class Selection(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What `chosen` found, by full first names: modules, and all Parameters, also of the modules.
+    """What `chosen` found, by full first names: modules, and Parameters without D's.
 
-    No D is among the Parameters.
+    The Parameters of the modules are among them.
     """
 
     modules: dict[str, nn.Module]
@@ -169,9 +169,15 @@ def _sites(
     candidates: Mapping[int, str | None],
     left_out: Callable[[int, str], bool],
 ) -> list[Site]:
-    """The Parameters to adapt among what a target matches; those left out may be among them."""
+    """The Parameters to adapt among what a target matches, even those that are left out.
+
+    Raises:
+        TargetError: a Parameter that it matches cannot be adapted, and is not left out or is all
+            that it matches.
+    """
     sites: list[Site] = []
-    refused: dict[bool, TargetError] = {}  # the first one, by whether it is left out
+    refused: list[TargetError] = []
+    refused_but_left_out: list[TargetError] = []
     for key, module in hits.modules.items():
         if candidates.get(key, "") is None:
             sites += [Site(tree.first[key], module, p) for p in parameters_of(module)]
@@ -184,9 +190,11 @@ def _sites(
         why = why or f"no host of a {path_of(type(module))} adapts it: see miss.register"
         error = TargetError(f"is a Parameter that cannot be adapted: {why} (target {target!r})")
         error.where = full
-        refused.setdefault(left_out(key, parameter), error)
-    if False in refused or (refused and not sites):
-        raise refused.get(False) or refused[True]
+        (refused_but_left_out if left_out(key, parameter) else refused).append(error)
+    if not sites:
+        refused += refused_but_left_out
+    if refused:
+        raise refused[0]
     return sites
 
 
@@ -211,7 +219,7 @@ def _no_match(
     if hits.left:
         return matching.only_parameters(target, list(hits.left))
     if target == ALL_LINEAR and names:
-        rule = "matches nothing: it leaves out the output head and what trainable names"
+        rule = "matches nothing: it leaves out heads and what trainable names"
         actual = f"linear layers: {', '.join(map(repr, names[:5]))}"
         return TargetError(rule, actual=actual, do="name one of these in targets")
     others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]

@@ -1,4 +1,4 @@
-"""What is trained besides adapters: what `trainable` names, and the heads of transformers."""
+"""What is trained besides adapters: what ``trainable`` names, and the heads of transformers."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ KEPT = "_miss_kept"
 
 
 def trainable_of(tree: Tree, trainable: Targets) -> Chosen:
-    """What ``trainable`` names; it is checked that each of its Parameters can be trained.
+    """What ``trainable`` names, after a check that each of its Parameters can be trained.
 
     Raises:
         TargetError: a target is malformed or matches nothing.
@@ -39,7 +39,7 @@ def trainable_of(tree: Tree, trainable: Targets) -> Chosen:
 
 
 def not_in_all_linear(tree: Tree, trained: Chosen) -> set[int]:
-    """By id, the modules that ``"all-linear"`` leaves out: output heads, heads, what is trained."""
+    """By id, the modules that ``"all-linear"`` leaves out: heads, and what is ``trained``."""
     head = set(map(id, head_of(tree).values()))
     found = tree.output_head | set(map(id, trained.modules.values()))
     for module in tree.unique:

@@ -45,7 +45,7 @@ def replaced(layer: nn.Module) -> tuple[str, str] | None:
 
 
 def refuse_replaced(layer: nn.Module) -> None:
-    """Raise a `StateError` if the object has a forward that may call the adapted one."""
+    """Raise a `StateError` if the object has a forward of its own: it may call the adapted one."""
     if (found := replaced(layer)) is not None:
         rule = f"has {found[0]}, which may call the adapted forward that eject takes away"
         raise StateError(rule, do=f"remove it ({found[1]}), eject, then set it again")
@@ -54,8 +54,8 @@ def refuse_replaced(layer: nn.Module) -> None:
 def offloads(module: nn.Module, *, below: bool = False) -> bool:
     """Whether an accelerate hook on a module keeps its weights elsewhere between two calls.
 
-    The module has tensors on the meta device then, and others during a call. With ``below``:
-    whether the hook does so with the weights of all modules in it.
+    Its tensors are then on the meta device, and others take their place during a call. With
+    ``below``, the hook must do so with the weights of all modules in this one.
     """
     for hook in _hooks(module.__dict__.get("_hf_hook")):
         offloading = getattr(hook, "offload", False) is True
