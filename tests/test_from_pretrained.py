@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from miss import MiSSeLinear, MiSSLinear, adapted_modules, adapter_parameters, eject, inject, merge
-from tests.models import snapshot
-from tests.test_trainer import TEXTS, causal_lm
+from tests.models import perturb, snapshot
+from tests.pretrained import TEXTS, llama
 
 
 class Injects(transformers.LlamaForCausalLM):
@@ -71,15 +71,14 @@ def _uninitialised_memory_is_nan():
 
 @pytest.fixture
 def base(tmp_path: pathlib.Path) -> tuple[nn.Module, str]:
-    model = causal_lm()
+    model = llama()
     model.save_pretrained(tmp_path / "base")
     return model.eval(), str(tmp_path / "base")
 
 
 def filled(model: nn.Module) -> list[Tensor]:
     """Random values in every D; their copies."""
-    for d in adapter_parameters(model):
-        nn.init.normal_(d)
+    perturb(model)
     return [d.detach().clone() for d in adapter_parameters(model)]
 
 

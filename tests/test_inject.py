@@ -21,16 +21,11 @@ from miss import (
     verify,
 )
 from miss.parents import keep_slow_path
-from tests.models import TOKENS, Decoder, snapshot
+from tests.models import TOKENS, Decoder, perturb, snapshot
 from tests.strategies import FORMS
 
 methods = pytest.mark.parametrize("method", sorted(FORMS))
 LINEAR_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj", "mlp.0", "mlp.2", "lm_head"]
-
-
-def perturb(model: nn.Module) -> None:
-    for d in adapter_parameters(model):
-        nn.init.normal_(d)
 
 
 @given(

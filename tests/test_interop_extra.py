@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miss import StateError, inject, interop, load, save
-from tests.models import snapshot
-from tests.test_inject import perturb
-from tests.test_trained import on
+from tests.models import perturb, snapshot, switched_on
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +79,7 @@ def test_peft_reads_what_is_trained_besides(
         ours = interop.peft.load(fresh, tmp_path)
         torch.testing.assert_close(ours(X), model(X), rtol=1e-5, atol=1e-5)
         whole = {f"{name}.{key}" for name in modules or () for key in ("weight", "bias")}
-        assert on(ours) == on(model) | whole
+        assert switched_on(ours) == switched_on(model) | whole
 
 
 @pytest.mark.parametrize("save_", WRITERS.values())
