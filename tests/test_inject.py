@@ -204,7 +204,8 @@ def test_freezing():
     inject(frozen, "k_proj", rank=2, trainable="embed.weight")
     assert frozen.get_parameter("embed.weight").requires_grad
     on = {name for name, p in frozen.named_parameters() if p.requires_grad and "miss_D" not in name}
-    norms = {f"layers.{i}.norm.{key}" for i in (0, 1) for key in ("weight", "bias")}
+    norms = {"layers.0.norm.weight", "layers.0.norm.bias"}
+    norms |= {"layers.1.norm.weight", "layers.1.norm.bias"}
     assert on == norms | {"layers.0.mlp.2.bias", "layers.1.mlp.2.bias", "embed.weight"}
 
 

@@ -77,7 +77,9 @@ def test_peft_reads_what_is_trained_besides(
         fresh = copy.deepcopy(base).requires_grad_(False)
         ours = interop.peft.load(fresh, tmp_path)
         torch.testing.assert_close(ours(X), model(X), rtol=1e-5, atol=1e-5)
-        whole = {f"{name}.{key}" for name in modules or () for key in ("weight", "bias")}
+        whole: set[str] = set()
+        for name in modules or ():
+            whole |= {f"{name}.weight", f"{name}.bias"}
         assert switched_on(ours) == switched_on(model) | whole
 
 

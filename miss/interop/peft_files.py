@@ -99,7 +99,6 @@ def saved_modules(
 
     A `UserWarning` names running statistics of modules that are not saved.
     """
-    holding = tree.holding([*adapted.values(), tree.root])
     tensors: dict[str, Tensor] = {}
     tops: list[str] = []
     running: list[str] = []
@@ -112,6 +111,21 @@ def saved_modules(
             running += [joined(name, key) for key in wanted]
         elif not name.startswith(tuple(f"{top}." for top in tops)):
             tops.append(name)
+    tensors |= _inside(tree, tops, tree.holding([*adapted.values(), tree.root]))
+    _refuse_half_ties(tree, tensors)
+    if lost := sorted(key for key in running if key not in tensors):
+        text = f"running statistics are not written, since PEFT has no place for them: {some(lost)}"
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return tops, tensors
+
+
+def _inside(tree: Tree, tops: list[str], holding: set[int]) -> dict[str, Tensor]:
+    """The tensors, by each of their names, of the modules that PEFT takes for ``tops``.
+
+    ``holding`` has the ids of the modules that hold adapters. A `StateError` names a module that
+    cannot be saved whole.
+    """
+    found: dict[str, Tensor] = {}
     ends = tuple(tops)
     for name, module, _ in tree.entries:
         if not any(holder.endswith(ends) for holder in holders(name)):
@@ -122,12 +136,8 @@ def saved_modules(
                 ends_in = "" if name in tops else ", in one of which its name ends"
                 do = "miss.save(model, path); or pass extra=() or the modules to save"
                 raise StateError(rule, actual=f"modules_to_save={tops}{ends_in}", do=do)
-        tensors |= named_tensors(name, module)
-    _refuse_half_ties(tree, tensors)
-    if lost := sorted(key for key in running if key not in tensors):
-        text = f"running statistics are not written, since PEFT has no place for them: {some(lost)}"
-        warnings.warn(text, UserWarning, stacklevel=3)
-    return tops, tensors
+        found |= named_tensors(name, module)
+    return found
 
 
 def holders(name: str) -> list[str]:
