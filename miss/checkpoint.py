@@ -125,9 +125,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         if os.path.isfile(os.path.join(where, "adapter_config.json")):
             do = "miss.interop.peft.load(model, directory)"
             raise CheckpointError("is a directory that PEFT wrote", do=do)
-        if not os.path.exists(where):
-            do = "give a local path; nothing is downloaded"
-            raise CheckpointError("there is no such file", do=do)
+        files.check_exists(where)
         files.check_path(where)
         tensors, about, intact = files.read(where)
         records, extra, trained = parse(about)
