@@ -39,13 +39,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None"
         extra: what is written besides adapters. None is all that training changes: the Parameters
             that require grad, with the buffers of their modules; the running statistics of batch
             norm; and the weight and bias of an adapted layer that is part of a task head, or that
-            ``from_pretrained`` made anew. ``()`` is nothing. Else modules and Parameters, as in
-            ``trainable`` of `inject`; a module stands for all that it contains, buffers included.
+            ``from_pretrained`` made anew. ``()`` is nothing. Or modules and Parameters, as in
+            ``trainable`` of `inject`. A module stands for all that it contains, buffers included.
 
     Raises:
         StateError: the model has no adapter, or something shards it.
         TargetError: an ``extra`` matches nothing.
-        CheckpointError: the suffix is another one; a tensor is not finite, has no elements, or is
+        CheckpointError: the suffix is not supported; a tensor is not finite, has no elements, or is
             not dense; a module to write holds state that is no parameter or buffer; the file cannot
             be written. What was at ``path`` is still there then.
         ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
@@ -107,7 +107,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
 
     Raises:
         CheckpointError: the file is missing, damaged, of a newer format, or does not fit the model;
-            the weights of adapted layers are not those that the adapters were trained on, to the
+            the weights of adapted layers are not those that the adapters were trained on, in the
             coarser of both dtypes. The message says why.
         StateError: the model is merged, sharded, or wrapped by DistributedDataParallel, or a tensor
             of it cannot be written.
@@ -125,9 +125,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         if os.path.isfile(os.path.join(where, "adapter_config.json")):
             do = "miss.interop.peft.load(model, directory)"
             raise CheckpointError("is a directory that PEFT wrote", do=do)
-        if not os.path.exists(where):
-            do = "give a local path; nothing is downloaded"
-            raise CheckpointError("there is no such file", do=do)
+        files.check_exists(where)
         files.check_path(where)
         tensors, about, intact = files.read(where)
         records, extra, trained = parse(about)

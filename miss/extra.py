@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from miss.errors import CheckpointError, at, named
 from miss.heads import head_of
-from miss.layers import AdaptedLayer
-from miss.layers.host import d_name
+from miss.layers import AdaptedLayer, base_parameters, d_names
 from miss.matching import Targets
 from miss.state import named_tensors
 from miss.targets import chosen
@@ -21,15 +20,16 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # the statisti
 
 
 def extra_tensors(tree: Tree, extra: "Targets | None") -> dict[str, Tensor]:
-    """The tensors that a file holds besides adapters, by full name; a merged layer's base.
+    """The tensors that a file holds besides adapters, by full name; of a merged layer, the base.
 
     Args:
         tree: an adapted model.
         extra: modules, with all Parameters and persistent buffers inside, and Parameters. None is
             all that training changes besides D: Parameters that require grad, or that `inject` or
-            `load` switched on; the buffers of their modules, and of modules in which all of them
-            are; and running statistics. And it is what a base made afresh has not: the Parameters
-            of an adapted layer that are part of a head, or that ``from_pretrained`` made anew.
+            `load` switched on; the buffers of their modules, and of modules in which every
+            Parameter is such a one; and running statistics. None is also what a base made afresh
+            lacks: the Parameters of an adapted layer that are part of a head, or that
+            ``from_pretrained`` made anew.
 
     Raises:
         TargetError: an ``extra`` matches nothing.
@@ -60,28 +60,32 @@ def trained_names(tree: Tree, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _changed(tree: Tree) -> dict[str, Tensor]:
+    """What `extra_tensors` gives for None."""
     head = set(map(id, head_of(tree).values()))
     whole = tree.inside(_wholly_trained(tree))
     found: dict[str, Tensor] = {}
     for name, module in tree.of_type(nn.Module).items():
-        adapted = isinstance(module, AdaptedLayer)
-        trained = {key for key, p in _own(module).items() if _is_trained(module, key, p)}
-        wanted = {key for key, p in _own(module).items() if adapted and id(p) in head}
-        every = trained or id(module) in whole
-        wanted |= trained | {key for key in module._buffers if every or key in RUNNING}
+        own = base_parameters(module)
+        wanted = {key for key, p in own.items() if _is_trained(module, key, p)}
+        buffers = set(RUNNING)
         tensors = named_tensors(name, module)
-        if every:
+        if wanted or id(module) in whole:
+            buffers.update(module._buffers)
             _check_state(name, module, tensors)
-        full = {joined(name, key) for key in wanted}
-        found |= {key: t for key, t in tensors.items() if key in full and (is_lazy(t) or t.numel())}
+        if isinstance(module, AdaptedLayer):
+            wanted |= {key for key, p in own.items() if id(p) in head}
+        names = {joined(name, key) for key in wanted | buffers.intersection(module._buffers)}
+        for key, tensor in tensors.items():
+            if key in names and (is_lazy(tensor) or tensor.numel()):
+                found[key] = tensor
     return found
 
 
 def _wholly_trained(tree: Tree) -> list[nn.Module]:
-    """The modules that hold Parameters, and each of them is trained."""
+    """The modules that hold Parameters, of which each is trained."""
     trained: dict[int, bool] = {}
     for _, module, parent in reversed(tree.entries):
-        flags = [_is_trained(module, key, p) for key, p in _own(module).items()]
+        flags = [_is_trained(module, key, p) for key, p in base_parameters(module).items()]
         if id(module) in trained:
             flags.append(trained[id(module)])
         if flags:
@@ -90,13 +94,6 @@ def _wholly_trained(tree: Tree) -> list[nn.Module]:
                 above = id(tree.entries[parent].module)
                 trained[above] = trained.get(above, True) and all(flags)
     return [module for module in tree.unique if trained.get(id(module), False)]
-
-
-def _own(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The direct Parameters of a module without D."""
-    configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
-    ds = set(map(d_name, configs))
-    return {k: p for k, p in module._parameters.items() if p is not None and k not in ds}
 
 
 def _is_trained(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
@@ -108,7 +105,7 @@ def _check_state(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> No
     """Raise a `CheckpointError` if a module has state besides Parameters and buffers."""
     state: dict[str, Any] = {}
     module._save_to_state_dict(state, joined(name, ""), False)
-    ds = {joined(name, d_name(parameter)) for parameter in getattr(module, "miss_configs", ())}
+    ds = {joined(name, key) for key in d_names(module)}
     if foreign := sorted(set(state) - set(tensors) - ds):
         with at(named(name)):
             rule = f"holds state that is no Parameter or buffer: {foreign[0]}"

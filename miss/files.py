@@ -20,8 +20,8 @@ from torch import Tensor
 from miss.errors import CheckpointError, brief
 from miss.tensors import contiguous, is_data, is_lazy
 
-__all__ = ["FORMAT", "Content", "as_path", "check_path", "check_tensors", "read", "read_tensors"]
-__all__ += ["safetensors", "safetensors_bytes", "write", "write_bytes"]
+__all__ = ["FORMAT", "Content", "as_path", "check_exists", "check_path", "check_tensors", "read"]
+__all__ += ["read_tensors", "safetensors", "safetensors_bytes", "write", "write_bytes"]
 
 FORMAT = 2  # of the description; a reader refuses a higher one
 KEY = "miss"  # of the description: in .safetensors metadata, or at the top level of a .pt file
@@ -58,6 +58,13 @@ def check_path(path: str) -> None:
         if os.path.isdir(path):
             do = "give a file in this directory, such as adapter.safetensors"
         raise CheckpointError("unsupported file suffix", expected=expected, do=do)
+
+
+def check_exists(path: str) -> None:
+    """Raise a `CheckpointError` unless there is a file or a directory at ``path``."""
+    if not os.path.exists(path):
+        do = "give a local path; nothing is downloaded"
+        raise CheckpointError("there is no such file", do=do)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], buffers: Container[str] = ()) -> None:
@@ -191,10 +198,7 @@ def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
     reader = _read_safetensors if path.endswith(".safetensors") else _read_pt
     if reader is _read_safetensors:
         safetensors()  # outside of `try`: that it is absent says nothing about the file
-    if not os.path.exists(path):
-        raise CheckpointError(
-            "there is no such file", do="give a local path; nothing is downloaded"
-        )
+    check_exists(path)
     do = "save or copy it again, if it was cut off"
     try:
         return reader(path)
@@ -203,8 +207,9 @@ def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
         do = "give a file that miss.save wrote; torch.load reads pickled models"
         raise CheckpointError(rule, do=do) from error
     except Exception as error:  # a damaged file raises errors of many kinds
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        why = why.split(". ")[0] if os.path.getsize(path) else "it is empty"
+        why = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        if not os.path.getsize(path):
+            why = "it is empty"
         raise CheckpointError(f"cannot be read: {why}", do=do) from error
 
 

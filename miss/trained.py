@@ -1,4 +1,4 @@
-"""What is trained besides adapters: what `trainable` names, and the heads of transformers."""
+"""What is trained besides adapters: what ``trainable`` names, and the heads of transformers."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,15 @@ from miss.targets import Chosen, chosen
 from miss.tensors import can_be_trained
 from miss.tree import Tree, joined
 
-__all__ = ["KEPT", "besides", "keep_", "not_linear", "unadapted_head", "warn_of_frozen"]
-__all__ += ["warn_of_half"]
+__all__ = ["KEPT", "keep_", "not_in_all_linear", "trainable_of", "unadapted_head"]
+__all__ += ["warn_of_frozen", "warn_of_half"]
 
 # Attribute of a module: the names of its Parameters that `miss.save` writes, whatever their flags.
 KEPT = "_miss_kept"
 
 
-def besides(tree: Tree, trainable: Targets) -> Chosen:
-    """What ``trainable`` names; it is checked that each of its Parameters can be trained.
+def trainable_of(tree: Tree, trainable: Targets) -> Chosen:
+    """What ``trainable`` names, after a check that each of its Parameters can be trained.
 
     Raises:
         TargetError: a target is malformed or matches nothing.
@@ -38,8 +38,8 @@ def besides(tree: Tree, trainable: Targets) -> Chosen:
     return found
 
 
-def not_linear(tree: Tree, trained: Chosen) -> set[int]:
-    """By id, the modules that ``"all-linear"`` leaves out: output heads, heads, what is trained."""
+def not_in_all_linear(tree: Tree, trained: Chosen) -> set[int]:
+    """By id, the modules that ``"all-linear"`` leaves out: heads, and what is ``trained``."""
     head = set(map(id, head_of(tree).values()))
     found = tree.output_head | set(map(id, trained.modules.values()))
     for module in tree.unique:

@@ -19,18 +19,10 @@ from miss import (
     summary,
     verify,
 )
-from tests.models import TOKENS, Decoder
+from tests.models import TOKENS, Decoder, adapted_decoder, perturb
 from tests.strategies import FORMS
-from tests.test_inject import perturb
 
 methods = pytest.mark.parametrize("method", sorted(FORMS))
-
-
-def adapted_decoder(method: str = "misse", **options: object) -> Decoder:
-    torch.manual_seed(0)
-    model = inject(Decoder(**options), "all-linear", rank=2, method=method)
-    perturb(model)
-    return model
 
 
 def test_summary_counts():

@@ -51,16 +51,18 @@ def apart(model: nn.Module, other: nn.Module) -> list[str]:
 def places(count: int, samples: int) -> list[int]:
     """The formula of the positions, in Python's integers."""
     n = min(samples, count)
-    return [
-        i * count // n + (i * (i + 1) // 2 * 7919 + i * 104729) % (count // n) for i in range(n)
-    ]
+    jumps = [i * (i + 1) // 2 * 7919 + i * 104729 for i in range(n)]
+    return [i * count // n + jump % (count // n) for i, jump in enumerate(jumps)]
 
 
 def elements(tensor: Tensor) -> list[float]:
     """In the order of the shape, whatever the strides are."""
     if tensor.dim() == 0:
         return [tensor.item()]
-    return [value for part in tensor for value in elements(part)]
+    found: list[float] = []
+    for part in tensor:
+        found += elements(part)
+    return found
 
 
 FORMATS = {F64: "d", F32: "f", F16: "e"}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from miss import CheckpointError, inject, load, merge, save
-from tests.models import snapshot
-from tests.test_trained import bert, fill, llama
+from tests.models import fill, snapshot
+from tests.pretrained import bert, llama
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -28,10 +28,8 @@ from miss import (
     merge,
     unmerge,
 )
-from tests.models import TOKENS, Decoder, snapshot
+from tests.models import TOKENS, Decoder, adapted_decoder, perturb, snapshot
 from tests.strategies import FORMS
-from tests.test_adapters import adapted_decoder
-from tests.test_inject import perturb
 
 methods = pytest.mark.parametrize("method", sorted(FORMS))
 FULL = StateDictOptions(full_state_dict=True)

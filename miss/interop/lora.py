@@ -34,7 +34,7 @@ def save(
         directory: made if it is missing; the two files in it are replaced.
         extra: what is written besides adapters, as ``modules_to_save``: modules and Parameters as
             in `miss.save`, or ``()`` for nothing. Most readers of LoRA, such as vLLM, refuse
-            ``modules_to_save``. So None raises if anything is trained besides adapters.
+            ``modules_to_save``, so None raises if anything is trained besides adapters.
 
     Raises:
         StateError: the model has no adapter, something shards it, or it is itself an adapted layer,

@@ -21,7 +21,8 @@ from miss.state import named_tensors, own_adapters
 from miss.tensors import contiguous
 from miss.tree import Tree, joined
 
-__all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "saved_modules", "write"]
+__all__ = ["PREFIX", "adapted", "aliased", "base_config", "holders", "read", "saved_modules"]
+__all__ += ["write"]
 
 PREFIX = "base_model.model."  # of every key
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -98,7 +99,6 @@ def saved_modules(
 
     A `UserWarning` names running statistics of modules that are not saved.
     """
-    holding = tree.holding([*adapted.values(), tree.root])
     tensors: dict[str, Tensor] = {}
     tops: list[str] = []
     running: list[str] = []
@@ -111,11 +111,24 @@ def saved_modules(
             running += [joined(name, key) for key in wanted]
         elif not name.startswith(tuple(f"{top}." for top in tops)):
             tops.append(name)
+    tensors |= _inside(tree, tops, tree.holding([*adapted.values(), tree.root]))
+    _refuse_half_ties(tree, tensors)
+    if lost := sorted(key for key in running if key not in tensors):
+        text = f"running statistics are not written, since PEFT has no place for them: {some(lost)}"
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return tops, tensors
+
+
+def _inside(tree: Tree, tops: list[str], holding: set[int]) -> dict[str, Tensor]:
+    """The tensors, by each of their names, of the modules that PEFT takes for ``tops``.
+
+    ``holding`` has the ids of the modules that hold adapters. A `StateError` names a module that
+    cannot be saved whole.
+    """
+    found: dict[str, Tensor] = {}
     ends = tuple(tops)
     for name, module, _ in tree.entries:
-        parts = name.split(".")
-        inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        if not ends or not any(part.endswith(ends) for part in inside):
+        if not any(holder.endswith(ends) for holder in holders(name)):
             continue
         if name.endswith(ends) and (why := _unfit(tree, module, holding)) is not None:
             with at(named(name)):
@@ -123,12 +136,14 @@ def saved_modules(
                 ends_in = "" if name in tops else ", in one of which its name ends"
                 do = "miss.save(model, path); or pass extra=() or the modules to save"
                 raise StateError(rule, actual=f"modules_to_save={tops}{ends_in}", do=do)
-        tensors |= named_tensors(name, module)
-    _refuse_half_ties(tree, tensors)
-    if lost := sorted(key for key in running if key not in tensors):
-        text = f"running statistics are not written, since PEFT has no place for them: {some(lost)}"
-        warnings.warn(text, UserWarning, stacklevel=3)
-    return tops, tensors
+        found |= named_tensors(name, module)
+    return found
+
+
+def holders(name: str) -> list[str]:
+    """The names of the modules that a module lies in, outermost first, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
 def _unfit(tree: Tree, module: nn.Module, holding: set[int]) -> str | None:

@@ -15,7 +15,7 @@ from miss.forms import Form, LayerConfig
 from miss.layers.host import d_name
 from miss.tensors import is_data, positions, same
 
-__all__ = ["KEY", "UNSET", "Mark", "about_of", "check_form", "checked", "metadata"]
+__all__ = ["KEY", "UNSET", "InitializedMark", "about_of", "check_form", "checked", "metadata"]
 __all__ += ["settle"]
 
 KEY = "miss"  # of a module's entry in `_metadata`
@@ -23,14 +23,14 @@ KEY = "miss"  # of a module's entry in `_metadata`
 UNSET = "_miss_unset"
 
 
-class Mark:
+class InitializedMark:
     """The attribute with which transformers 5 marks a layer, or a Parameter, as initialised.
 
     Its ``from_pretrained`` builds the model on meta. It marks the Parameters that it finds in the
     checkpoint, gives the others uninitialised memory, and asks ``_init_weights`` of the model to
-    fill them, which does not know D. All of them require grad. At last it marks each module. When
-    this mark is set, a D that was made on meta and is not marked itself becomes zero, and the
-    layer's Parameters that were frozen are frozen again.
+    fill them, which does not know D. All of them require grad. Finally it marks each module. When
+    a layer is marked, each of its D's that was made on meta and has no mark becomes zero, and the
+    Parameters that were frozen are frozen again.
     """
 
     name = "_is_hf_initialized"
@@ -64,7 +64,7 @@ class Mark:
 
 
 def settle(layer: Any) -> None:
-    """Note that each D of a layer that is not on meta has values."""
+    """Take `UNSET` off a layer of which no D is on meta any more."""
     unset = UNSET in layer.__dict__
     if unset and not any(getattr(layer, d_name(p)).is_meta for p in layer.miss_configs):
         del layer.__dict__[UNSET]
