@@ -114,7 +114,7 @@ def _unmarked(module: nn.Module, prefix: str, lacking: Collection[str]) -> set[i
 def _named(tree: Tree, wanted: set[int]) -> dict[str, nn.Parameter]:
     """The Parameters with these ids, each once, by first name."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, module, _ in tree.entries:
+    for name, module, _ in tree.entries if wanted else ():
         for key, parameter in base_parameters(module).items():
             if id(parameter) in wanted:
                 found.setdefault(id(parameter), (joined(name, key), parameter))

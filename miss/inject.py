@@ -120,20 +120,28 @@ def inject(
         layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
         trained = besides.parameters | (unadapted_head(tree, layers) if freeze else {})
         warn_of_half(trained)
-        warn_of_frozen(tree, trained.values(), layers, freeze and _is_first(tree))
-        adopt_all_(tree, plan, trained.values(), freeze)
+        anew = made_anew(tree)
+        warn_of_frozen(tree, anew, trained.values(), layers, freeze and _is_first(tree))
+        adopt_all_(tree, plan, trained.values(), anew.values(), freeze)
         for module, reason in found.skipped:
             module.__dict__[SKIPPED] = reason
         return model
 
 
-def adopt_all_(tree: Tree, plan: list[Adapter], trained: Iterable[Tensor], freeze: bool) -> None:
+def adopt_all_(
+    tree: Tree,
+    plan: list[Adapter],
+    trained: Iterable[Tensor],
+    anew: Iterable[Tensor],
+    freeze: bool,
+) -> None:
     """Set flags, classes and hooks: the part of `inject` that changes the model and cannot fail.
 
     Args:
         tree: the model.
         plan: the adapters to put in.
         trained: what else is trained.
+        anew: what `made_anew` gives.
         freeze: whether to freeze all else, or after the first call all else in the layers of
             ``plan``.
     """
@@ -142,9 +150,9 @@ def adopt_all_(tree: Tree, plan: list[Adapter], trained: Iterable[Tensor], freez
     written = list(trained)
     for tensor in written:
         tensor.requires_grad = True
-    anew = {id(parameter) for parameter in made_anew(tree).values()}
-    for adapter in plan:
-        written += [p for p in adapter.layer.parameters(recurse=False) if id(p) in anew]
+    initialised = set(map(id, anew))
+    for adapter in plan if initialised else ():
+        written += [p for p in adapter.layer.parameters(recurse=False) if id(p) in initialised]
     keep_(tree, written)
     tree.root.__dict__[INJECTED] = True
     for adapter in plan:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from miss import files
 from miss.errors import CheckpointError, StateError, at, merged_error, named, replaced_error
 from miss.forms import METHODS
+from miss.heads import made_anew
 from miss.inject import adopt_all_
 from miss.layers import AdaptedLayer, base_parameters, class_of, host_of, parameters_of, path_of
 from miss.layers.host import base_name, d_name
@@ -90,7 +91,7 @@ def write_(tree: Tree, fitted: Fit, extra: Iterable[str], trained: Container[str
     on = list(unadapted_head(tree, [adapter.layer for adapter in plan]).values())
     others = {key: slots[key] for key in extra if isinstance(slots[key], nn.Parameter)}
     on += [slot for key, slot in others.items() if key in trained and can_be_trained(slot)]
-    adopt_all_(tree, plan, on, freeze=bool(plan))
+    adopt_all_(tree, plan, on, made_anew(tree).values(), freeze=bool(plan))
     keep_(tree, others.values())
 
 

@@ -110,9 +110,10 @@ def chosen(tree: Tree, targets: Targets, argument: str) -> Chosen:
         TargetError: a target is malformed or matches nothing; it names the ``argument``.
     """
     tops: list[nn.Module] = []
-    own, aliases = _parameters(tree)
     found: dict[str, Tensor] = {}
-    for target in matching.listed(targets, argument):
+    wanted = matching.listed(targets, argument)
+    own, aliases = _parameters(tree) if wanted else ({}, {})
+    for target in wanted:
         hits = matching.hits(tree, target, tree.output_head)
         matched: dict[str, Tensor] = {}
         if isinstance(target, str) and target != ALL_LINEAR:

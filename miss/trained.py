@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from miss.errors import StateError, at, some
-from miss.heads import head_of, made_anew
+from miss.heads import head_of
 from miss.matching import Targets
 from miss.targets import Chosen, chosen
 from miss.tensors import can_be_trained
@@ -83,12 +83,17 @@ def warn_of_half(trained: Mapping[str, Tensor]) -> None:
 
 
 def warn_of_frozen(
-    tree: Tree, trained: Iterable[Tensor], layers: Iterable[nn.Module], freeze: bool
+    tree: Tree,
+    anew: Mapping[str, Tensor],
+    trained: Iterable[Tensor],
+    layers: Iterable[nn.Module],
+    freeze: bool,
 ) -> None:
     """Warn of Parameters that ``from_pretrained`` made anew and that are to stay frozen.
 
     Args:
         tree: the model.
+        anew: what `made_anew` gives.
         trained: the Parameters that are trained.
         layers: the adapted layers, whose base is saved with them.
         freeze: whether every other Parameter is to be frozen.
@@ -97,7 +102,7 @@ def warn_of_frozen(
     for layer in layers:
         kept |= set(map(id, layer._parameters.values()))
     frozen = []
-    for name, parameter in made_anew(tree).items():
+    for name, parameter in anew.items():
         if id(parameter) not in kept and (freeze or not parameter.requires_grad):
             frozen.append(name)
     if frozen:

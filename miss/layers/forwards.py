@@ -57,7 +57,9 @@ def offloads(module: nn.Module, *, below: bool = False) -> bool:
     Its tensors are then on the meta device, and others take their place during a call. With
     ``below``, the hook must do so with the weights of all modules in this one.
     """
-    for hook in _hooks(module.__dict__.get("_hf_hook")):
+    if "_hf_hook" not in module.__dict__:  # at once, since every module is asked
+        return False
+    for hook in _hooks(module.__dict__["_hf_hook"]):
         offloading = getattr(hook, "offload", False) is True
         of_all = getattr(hook, "place_submodules", False) is True
         if offloading and (of_all or not below):
