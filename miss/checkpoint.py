@@ -93,9 +93,10 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
     """Read a file that `save` wrote into a model, in place: all of it or, on an error, nothing.
 
     No code in the file is run. A model without adapters is injected as the file says, and frozen as
-    by `inject`. A model with adapters must have the same layers, methods, ranks, scales and shapes
-    as the file. It keeps its own dropout. What was trained besides adapters requires grad again,
-    and so do task heads. Tensors of the file are cast to the model's dtypes if no value is rounded.
+    by `inject`. A model with adapters must have the same layers, methods, signs, ranks, scales and
+    shapes as the file. It keeps its own dropout. What was trained besides adapters requires grad
+    again, and so do task heads. Tensors of the file are cast to the model's dtypes if no value is
+    rounded.
 
     Args:
         model: a base model, or an adapted one.

@@ -10,6 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
@@ -20,8 +21,8 @@ from miss import functional
 from miss.errors import ShapeError
 from miss.tensors import ADAPTER_DTYPES
 
-__all__ = ["METHODS", "Form", "LayerConfig", "MiSS", "MiSSe", "MiSSeMini", "check_adapter_dtype"]
-__all__ += ["is_real"]
+__all__ = ["METHODS", "Form", "LayerConfig", "MiSS", "MiSSe", "MiSSeAlternating", "MiSSeMini"]
+__all__ += ["check_adapter_dtype", "is_real", "variant"]
 
 Axes: TypeAlias = tuple[int, int]  # where a Parameter has "out" and where it has "in"
 
@@ -32,7 +33,7 @@ class Form(ABC):
     name: ClassVar[str]  #: as `inject` takes it, and files hold it
     prefix: ClassVar[str]  #: of the names of the adapted classes
     axis: ClassVar[int]  #: 0 if the axis "out" is shared, 1 if "in" is
-    alternate: ClassVar[bool] = False  #: whether the blocks of the input alternate in sign
+    alternate: ClassVar[bool] = False  #: whether the signs of the blocks of "in" alternate
     peft: ClassVar[bool | str | None]  #: PEFT's ``init_weights`` for the form; None if it has none
 
     @staticmethod
@@ -41,8 +42,13 @@ class Form(ABC):
         """For each of ``size`` positions of the shared axis, its place in D; int64, ``(size)``."""
 
     @staticmethod
+    def sign(size: int, rank: int) -> Tensor | None:
+        """The sign of each of ``size`` positions, 1 or -1, int64, ``(size)``; None if all are 1."""
+        return None
+
+    @classmethod
     @abstractmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:
+    def expand(cls, d: Tensor, size: int, axis: int) -> Tensor:
         """``d`` with its ``axis`` of length rank expanded to ``size``: the dense delta of ``d``."""
 
     @staticmethod
@@ -56,10 +62,12 @@ class Form(ABC):
         ``rank`` is the length of the shared axis of ``d``, which may lie anywhere.
         """
 
-    @staticmethod
-    @abstractmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """LoRA's A ``(r, in)`` and B ``(out, r)``: ``B A`` is the ``(out, in)`` delta of ``d``."""
+        one = torch.eye(d.shape[cls.axis], dtype=d.dtype, device=d.device)
+        frozen = cls.expand(one, size, cls.axis)
+        return (frozen, d) if cls.axis == 1 else (d, frozen)
 
     @classmethod
     def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:
@@ -82,7 +90,10 @@ class Form(ABC):
     def window(cls, d: Tensor, config: "LayerConfig", rows: slice) -> Tensor:
         """`delta` at some positions of the Parameter's first axis; ``d`` comes from `whole`."""
         if config.shared == 0:
-            return d[cls.owner(config.size, config.rank)[rows].to(d.device)]
+            owner, sign = cls.owner(config.size, config.rank), cls.sign(config.size, config.rank)
+            found = d[owner[rows].to(d.device)].movedim(0, -1)
+            found = found if sign is None else found * sign[rows].to(d)
+            return found.movedim(-1, 0)
         return cls.expand(d[rows], config.size, config.shared)
 
     @classmethod
@@ -90,9 +101,10 @@ class Form(ABC):
         """`delta` at flat positions of the Parameter."""
         d = cls.whole(d, config)
         index = list(torch.unravel_index(positions.to(d.device), config.shape))
-        owner = cls.owner(config.size, config.rank).to(d.device)
-        index[config.shared] = owner[index[config.shared]]
-        return d[tuple(index)]
+        shared = index[config.shared]
+        index[config.shared] = cls.owner(config.size, config.rank).to(d.device)[shared]
+        sign = cls.sign(config.size, config.rank)
+        return d[tuple(index)] if sign is None else d[tuple(index)] * sign.to(d)[shared]
 
 
 class MiSSe(Form):
@@ -105,14 +117,10 @@ class MiSSe(Form):
     def owner(size: int, rank: int) -> Tensor:
         return torch.arange(size) % rank
 
-    @staticmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:
-        return functional.expand_blocks(d.movedim(axis, -1), size).movedim(-1, axis)
-
-    @staticmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        one = torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
-        return functional.expand_blocks(one, size), d
+    @classmethod
+    def expand(cls, d: Tensor, size: int, axis: int) -> Tensor:
+        d = d.movedim(axis, -1)
+        return functional.expand_blocks(d, size, cls.alternate).movedim(-1, axis)
 
     add = staticmethod(functional.add_misse)
 
@@ -127,16 +135,27 @@ class MiSS(Form):
     def owner(size: int, rank: int) -> Tensor:
         return functional.expand_shards(torch.arange(rank), size)
 
-    @staticmethod
-    def expand(d: Tensor, size: int, axis: int) -> Tensor:
+    @classmethod
+    def expand(cls, d: Tensor, size: int, axis: int) -> Tensor:
         return functional.expand_shards(d.movedim(axis, 0), size).movedim(0, axis)
 
-    @staticmethod
-    def factors(d: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        one = torch.eye(d.shape[0], dtype=d.dtype, device=d.device)
-        return d, functional.expand_shards(one, size)
-
     add = staticmethod(functional.add_miss)
+
+
+class MiSSeAlternating(MiSSe):
+    """MiSSe in which block ``c // rank`` of the input enters with the sign ``(-1)^(c // rank)``.
+
+    It is this project's addition to the method. A mean that all inputs share cancels exactly if the
+    blocks are even in number and full; else at most one block's mean is left.
+    """
+
+    alternate, peft = True, None
+
+    @staticmethod
+    def sign(size: int, rank: int) -> Tensor | None:
+        return 1 - 2 * (torch.arange(size) // rank % 2)
+
+    add = staticmethod(partial(functional.add_misse, alternate=True))
 
 
 class MiSSeMini(MiSSe):
@@ -159,9 +178,21 @@ class MiSSeMini(MiSSe):
 METHODS: dict[str, type[Form]] = {form.name: form for form in (MiSSe, MiSS)}
 
 
-def _form_of(method: str, rows: int | None = None) -> type[Form]:
-    """The form of a file's or a user's ``method``; the mini form if D has ``rows`` of its own."""
-    return MiSSeMini if method == MiSSe.name and rows is not None else METHODS[method]
+def variant(form: type[Form], *, alternate: bool = False, rows: int | None = None) -> type[Form]:
+    """A form with alternating signs, or, if D has ``rows`` of its own, the mini form.
+
+    Raises:
+        ShapeError: ``alternate`` is no bool, or the form has no such variant.
+    """
+    if not isinstance(alternate, bool):
+        raise ShapeError("alternate must be True or False", actual=f"alternate={alternate!r}")
+    if alternate and form is not MiSSe:
+        rule = "only MiSSe sums blocks of the input, whose signs can alternate"
+        expected, actual = "MiSSe, or alternate=False", f"{form.prefix} with alternate=True"
+        raise ShapeError(rule, expected=expected, actual=actual)
+    if alternate:
+        return MiSSeAlternating
+    return MiSSeMini if form is MiSSe and rows is not None else form
 
 
 @dataclass(frozen=True)
@@ -198,8 +229,7 @@ class LayerConfig:
             features = ("out_features", "in_features")[self.form.axis]
             rule = f"rank of {self.form.prefix} must be an int from 1 to {features}"
             out, in_ = (self.shape[axis] for axis in self.axes)
-            sizes = f"in_features={in_}, out_features={out}"
-            actual = f"rank={rank!r}, {sizes}"
+            actual = f"rank={rank!r}, in_features={in_}, out_features={out}"
             raise ShapeError(rule, expected=f"1 <= rank <= {limit}", actual=actual)
         if not is_real(self.scale):
             rule = "scale must be a number"
@@ -209,14 +239,10 @@ class LayerConfig:
             raise ShapeError(rule, expected="0 <= dropout < 1", actual=actual)
         rows = self.rows
         if rows is not None and (not _is_int(rows) or rows < 1 or self.shape[0] % rows):
-            rule = "rows must divide out_features"
-            raise ShapeError(
-                rule, expected=f"a divisor of {self.shape[0]}", actual=f"rows={rows!r}"
-            )
+            rule, expected = "rows must divide out_features", f"a divisor of {self.shape[0]}"
+            raise ShapeError(rule, expected=expected, actual=f"rows={rows!r}")
         if (rows is not None) != (self.form is MiSSeMini):
-            raise ShapeError(
-                "rows belong to the mini form, and only to it", actual=f"rows={rows!r}"
-            )
+            raise ShapeError("rows belong to the mini form alone", actual=f"rows={rows!r}")
         put(self, "rank", int(rank))
         put(self, "scale", float(self.scale))
         put(self, "dropout", float(self.dropout))
@@ -236,13 +262,15 @@ class LayerConfig:
         """What a file says of the settings; `from_fields` reads it."""
         fields = {"method": self.form.name, "rank": self.rank, "scale": self.scale}
         fields |= {"dropout": self.dropout, "shape": list(self.shape)}
+        fields |= {"alternate": True} if self.form.alternate else {}
         return fields if self.rows is None else fields | {"rows": self.rows}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], axes: Axes) -> "LayerConfig":
         """The settings that a file describes; else a ShapeError, TypeError or KeyError."""
         rest = dict(fields)
-        shape, form = rest.pop("shape"), _form_of(rest.pop("method"), rest.get("rows"))
+        shape, form = rest.pop("shape"), METHODS[rest.pop("method")]
+        form = variant(form, alternate=rest.pop("alternate", False), rows=rest.get("rows"))
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
             raise TypeError("the shape must be a list of ints")
         if len(shape) <= max(axes):

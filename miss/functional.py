@@ -18,6 +18,7 @@ Every function consists of differentiable torch operations. So each of them work
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -37,7 +38,7 @@ Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 _CHUNK = 1 << 18
 
 
-def block_sum(x: Tensor, rank: int) -> Tensor:
+def block_sum(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     """Sum the blocks of the input (Eq. 4-5).
 
     ``S[..., j]`` is the sum of ``x[..., c]`` over all ``c`` with ``c mod rank == j``. A last block
@@ -46,26 +47,30 @@ def block_sum(x: Tensor, rank: int) -> Tensor:
     Args:
         x: ``(..., i)``.
         rank: from 1 to ``i``.
+        alternate: block ``c // rank`` enters with the sign ``(-1)^(c // rank)``. The even blocks
+            are summed, and the odd ones, and the sums are subtracted.
 
     Shape:
         ``(..., i) -> (..., r)``, in the dtype of ``x``.
 
     >>> block_sum(torch.arange(5.0), rank=2)  # 0 + 2 + 4, 1 + 3
     tensor([6., 4.])
+    >>> block_sum(torch.arange(5.0), rank=2, alternate=True)  # 0 - 2 + 4, 1 - 3
+    tensor([ 2., -2.])
     """
+    if alternate:
+        even, odd = _even_and_odd(block_sum, x, rank)
+        return even - odd
     blocks, tail = _split(x, rank)
     total = _reduce(blocks, rank, "sum")
     return total if tail is None else total + tail
 
 
-def block_mean(x: Tensor, rank: int) -> Tensor:
+def block_mean(x: Tensor, rank: int, alternate: bool = False) -> Tensor:
     """The mean of the blocks: ``block_sum(x, rank) / g``, where ``g`` includes a short last block.
 
-    The mean stays in range where the sum may overflow fp16.
-
-    Args:
-        x: ``(..., i)``.
-        rank: from 1 to ``i``.
+    The mean stays in range where the sum may overflow fp16. Arguments are as in `block_sum`; with
+    alternating signs ``g`` is rounded up to an even number.
 
     Shape:
         ``(..., i) -> (..., r)``, in the dtype of ``x``.
@@ -73,6 +78,9 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
     >>> block_mean(torch.tensor([6e4, 1.0, 6e4, 3.0], dtype=torch.float16), rank=2)
     tensor([6.0000e+04, 2.0000e+00], dtype=torch.float16)
     """
+    if alternate:
+        even, odd = _even_and_odd(block_mean, x, rank)
+        return 0.5 * even - 0.5 * odd
     blocks, tail = _split(x, rank)
     if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = rearrange(blocks, "... i -> (...) i")
@@ -85,26 +93,29 @@ def block_mean(x: Tensor, rank: int) -> Tensor:
     return mean if tail is None else mean * (whole / (whole + 1)) + tail / (whole + 1)
 
 
-def block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+def block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool = False) -> Tensor:
     """What MiSSe multiplies by D, in ``dtype``: `block_sum`, or in fp16 `block_mean`.
 
     In fp16 the sum may overflow. ``x`` is not cast: it is summed in its own dtype, in half
     precision with torch's fp32 accumulator, and only the result is cast.
     """
-    return (block_mean if dtype == torch.float16 else block_sum)(x, rank).to(dtype)
+    return (block_mean if dtype == torch.float16 else block_sum)(x, rank, alternate).to(dtype)
 
 
-def block_factor(in_features: int, rank: int, dtype: torch.dtype) -> float:
+def block_factor(in_features: int, rank: int, dtype: torch.dtype, alternate: bool = False) -> float:
     """The quotient of `block_sum` and `block_reduce`: 1, or in fp16 the number of blocks."""
-    return float(-(-in_features // rank)) if dtype == torch.float16 else 1.0
+    blocks = -(-in_features // rank)
+    blocks += blocks % 2 if alternate else 0
+    return float(blocks) if dtype == torch.float16 else 1.0
 
 
-def expand_blocks(d: Tensor, in_features: int) -> Tensor:
+def expand_blocks(d: Tensor, in_features: int, alternate: bool = False) -> Tensor:
     """The dense delta of MiSSe at scale 1: column ``c`` is ``d[:, c mod r]`` (Eq. 6).
 
     Args:
         d: ``(..., r)``.
         in_features: ``i``, at least ``r``.
+        alternate: column ``c`` has the sign ``(-1)^(c // r)``.
 
     Shape:
         ``(..., r) -> (..., i)``; for the delta ``(o, r) -> (o, i)``.
@@ -112,6 +123,7 @@ def expand_blocks(d: Tensor, in_features: int) -> Tensor:
     >>> expand_blocks(torch.tensor([[1, 2]]), in_features=5)
     tensor([[1, 2, 1, 2, 1]])
     """
+    d = torch.cat((d, -d), dim=-1) if alternate else d
     rank = d.shape[-1]
     return repeat(d, "... r -> ... (g r)", r=rank, g=-(-in_features // rank))[..., :in_features]
 
@@ -178,17 +190,18 @@ def add_misse(
     scale: float = 1.0,
     product: Product = F.linear,
     rank: int | None = None,
+    alternate: bool = False,
 ) -> Tensor:
     """``y + scale * d S`` with ``S = block_sum(x)``: MiSSe without its dense delta (Eq. 7).
 
     Args:
         x: the input, ``(..., i)``.
-        y: the base layer's output, ``(..., o)``; the result has its dtype, which is the compute
-            dtype.
+        y: the base layer's output, ``(..., o)``; its dtype is also the result's.
         d: ``(o, r)``, in any floating dtype.
         scale: factor of the delta.
         product: the base layer's own operation without a bias, with ``d`` for its weight.
         rank: ``r``, if it is not the length of the last axis of ``d``.
+        alternate: whether the signs of the blocks alternate.
 
     Shape:
         ``(..., o)``. Only ``S`` is cast, not ``x`` or ``y``: ``x`` is summed in its own dtype, in
@@ -196,15 +209,13 @@ def add_misse(
         a mean, and ``d`` is multiplied by the number of blocks.
     """
     rank = d.shape[-1] if rank is None else rank
+    factor = block_factor(x.shape[-1], rank, y.dtype, alternate)
     if is_dtensor(x):
-        blocks = -(-x.shape[-1] // rank)
-        half = y.dtype == torch.float16  # in fp16 a power of two is exact, and 1 / blocks is not
-        power = 2.0 ** -math.ceil(math.log2(blocks)) if half else 1.0
-        s = F.linear(x, power * _zero_one(expand_blocks, rank, x)).to(y.dtype)
-        factor = 1 / power
+        factor = 2.0 ** math.ceil(math.log2(factor))  # its inverse is exact in fp16
+        signs = _factor(partial(expand_blocks, alternate=alternate), rank, x)
+        s = F.linear(x, signs / factor).to(y.dtype)
     else:
-        s = block_reduce(x, rank, y.dtype)
-        factor = block_factor(x.shape[-1], rank, y.dtype)
+        s = block_reduce(x, rank, y.dtype, alternate)
     return y + product(s, scaled(d, scale * factor, y.dtype))
 
 
@@ -231,13 +242,20 @@ def add_miss(
     x = x.to(y.dtype) if x.is_floating_point() else x  # a layer may cast its input or output
     z = product(x, scaled(d, scale, y.dtype))
     if is_dtensor(y):
-        return y + F.linear(z, _zero_one(expand_shards, rank, y))
+        return y + F.linear(z, _factor(expand_shards, rank, y))
     sums = []
     for run, rows, size in shard_runs(y.shape[-1], rank):
         shards = rearrange(y[..., rows], "... (n s) -> ... n s", s=size)
         both = shards + rearrange(z[..., run], "... n -> ... n 1")
         sums.append(rearrange(both, "... n s -> ... (n s)"))
     return torch.cat(sums, dim=-1) if len(sums) > 1 else sums[0]
+
+
+def _even_and_odd(total: Callable[..., Tensor], x: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """``total``, a sum or mean of blocks, of the even blocks of ``x``, and of the odd ones."""
+    missing = 2 * rank - x.shape[-1]
+    x = F.pad(x, (0, missing)) if missing > 0 else x
+    return total(x, 2 * rank).chunk(2, dim=-1)
 
 
 def _split(x: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
@@ -261,8 +279,8 @@ def shard_runs(out_features: int, shards: int) -> list[tuple[slice, slice, int]]
     return [(slice(0, larger), slice(0, cut), size + 1), equal] if larger else [equal]
 
 
-def _zero_one(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:
-    """The 0/1 factor of a form, as wide as the DTensor ``like``.
+def _factor(expand: Callable[[Tensor, int], Tensor], rank: int, like: Any) -> Tensor:
+    """The factor of a form, of 0, 1 and -1, as wide as the DTensor ``like``.
 
     A product with it is right however ``like`` is sharded. A reshape is not, because a DTensor
     cannot split an axis whose shards are not whole blocks.

@@ -7,6 +7,7 @@ twice. Of its input MiSSe keeps only the block sums ``S``.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,14 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
     )
 
 
-def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float) -> Tensor:
+def misse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    d: Tensor,
+    scale: float,
+    alternate: bool = False,
+) -> Tensor:
     """``F.linear(x, weight, bias) + scale * d S``, with ``S = block_sum(x)`` (Eq. 7).
 
     Only for arguments that `fits` accepts: nothing is checked here, and a weight that requires a
@@ -60,6 +68,7 @@ def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scal
         weight, bias: the base layer's, ``(o, i)`` and ``(o)``.
         d: ``(o, r)``.
         scale: factor of the delta.
+        alternate: whether the signs of the blocks alternate.
 
     Shape:
         ``(..., o)``.
@@ -68,7 +77,7 @@ def misse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scal
     >>> misse_linear(x, weight, None, d, scale=0.5)  # S = (2, 2)
     tensor([[2.]])
     """
-    args = x, *_autocast(weight, bias), d, scale
+    args = x, *_autocast(weight, bias), d, scale, alternate
     run: Any = _MiSSe.apply if torch.is_grad_enabled() else _misse
     y: Tensor = run(*args)[0]
     return y
@@ -87,11 +96,11 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale
 
 
 def _misse(
-    x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float, alternate: bool
 ) -> tuple[Tensor, Tensor]:
     y = F.linear(_cast(x, weight.dtype), weight, bias)
-    s = _fast_block_reduce(x, d.shape[1], y.dtype)
-    factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype)
+    s = _fast_block_reduce(x, d.shape[1], y.dtype, alternate)
+    factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype, alternate)
     if _few(x, d, y.dtype):
         y.add_(F.linear(times(s.to(d.dtype), factor), d))
     else:
@@ -99,17 +108,21 @@ def _misse(
     return y, s
 
 
-def _fast_block_reduce(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+def _fast_block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool) -> Tensor:
     """As in `miss.functional`, without einops except in fp16.
 
     To parse its pattern, einops takes as long as a small layer takes in all.
     """
     if dtype == torch.float16:
-        return block_reduce(x, rank, dtype)
-    blocks, rest = divmod(x.shape[-1], rank)
-    s = (x[..., :-rest] if rest else x).view(*x.shape[:-1], blocks, rank).sum(-2)
+        return block_reduce(x, rank, dtype, alternate)
+    width = 2 * rank if alternate else rank
+    blocks, rest = divmod(x.shape[-1], width)
+    s = (x[..., :-rest] if rest else x).view(*x.shape[:-1], blocks, width).sum(-2)
     if rest:
         s[..., :rest].add_(x[..., -rest:])
+    if alternate:
+        even, odd = s.chunk(2, dim=-1)
+        s = even - odd
     return s.to(dtype)
 
 
@@ -128,32 +141,42 @@ class _MiSSe(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        d: Tensor,
+        scale: float,
+        alternate: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, s = _misse(x, weight, bias, d, scale)
+        y, s = _misse(x, weight, bias, d, scale, alternate)
         _save(ctx, x, weight, d, scale, s)
-        ctx.factor = block_factor(x.shape[-1], d.shape[1], y.dtype)
+        ctx.factor = block_factor(x.shape[-1], d.shape[1], y.dtype, alternate)
+        ctx.alternate = alternate
         return _no_view(y), s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and ds is None:
-            return (None,) * 5
+            return (None,) * 6
         weight, d, s = ctx.saved_tensors
         if dy is None:
             dy = s.new_zeros(*s.shape[:-1], ctx.rows)
-        need_x, _, need_bias, need_d, _ = ctx.needs_input_grad
-        dx = misse_input_grad(dy, ds, weight, d, ctx.scale, ctx.factor) if need_x else None
+        need_x, _, need_bias, need_d, *_ = ctx.needs_input_grad
+        dx = None
+        if need_x:
+            rest = ctx.scale, ctx.factor, ctx.alternate
+            dx = misse_input_grad(dy, ds, weight, d, *rest)
         dbias = rows_of(dy).sum(0) if need_bias else None
         dd = adapter_grad(dy, s, ctx.scale * ctx.factor, ctx.dtype) if need_d else None
-        return dx, None, dbias, dd, None
+        return dx, None, dbias, dd, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         x, _, d = ctx.saved_tensors
-        y_t = _tangent(add_misse, ctx, *tangents)
+        y_t = _tangent(partial(add_misse, alternate=ctx.alternate), ctx, *tangents[:5])
         x_t = torch.zeros_like(x) if tangents[0] is None else tangents[0]
-        return y_t, block_reduce(x_t, d.shape[1], y_t.dtype)
+        return y_t, block_reduce(x_t, d.shape[1], y_t.dtype, ctx.alternate)
 
 
 class _MiSS(torch.autograd.Function):
@@ -185,7 +208,7 @@ class _MiSS(torch.autograd.Function):
 
 def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Tensor) -> None:
     """Keep only what the backward will read. D's gradient needs ``by_d``, which D multiplies."""
-    need_x, _, _, need_d, _ = ctx.needs_input_grad
+    need_x, _, _, need_d, *_ = ctx.needs_input_grad
     ctx.save_for_backward(
         weight if need_x else None, d if need_x else None, by_d if need_d else None
     )

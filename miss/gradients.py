@@ -19,10 +19,10 @@ transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True
 watched = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
-def add_blocks_(x: Tensor, s: Tensor) -> Tensor:
+def add_blocks_(x: Tensor, s: Tensor, alternate: bool = False) -> Tensor:
     """Add ``s[..., c mod r]`` to ``x[..., c]`` in place, for a contiguous ``x``; returns ``x``.
 
-    This is the transpose of `block_sum`.
+    With ``alternate`` it is subtracted in every other block. This is the transpose of `block_sum`.
 
     >>> add_blocks_(torch.zeros(5), torch.tensor([1.0, 2.0]))
     tensor([1., 2., 1., 2., 1.])
@@ -30,9 +30,14 @@ def add_blocks_(x: Tensor, s: Tensor) -> Tensor:
     blocks, rest = divmod(x.shape[-1], s.shape[-1])
     whole = x[..., : x.shape[-1] - rest] if rest else x
     # Where `view` would need a copy, it is an error; einops would write to the copy.
-    whole.view(*x.shape[:-1], blocks, s.shape[-1]).add_(s.unsqueeze(-2))
+    view, each = whole.view(*x.shape[:-1], blocks, s.shape[-1]), s.unsqueeze(-2)
+    if alternate:
+        view[..., ::2, :].add_(each)
+        view[..., 1::2, :].sub_(each)
+    else:
+        view.add_(each)
     if rest:
-        x[..., -rest:].add_(s[..., :rest])
+        x[..., -rest:].add_(s[..., :rest], alpha=-1 if alternate and blocks % 2 else 1)
     return x
 
 
@@ -50,7 +55,13 @@ def add_shards_(y: Tensor, z: Tensor) -> Tensor:
 
 
 def misse_input_grad(
-    dy: Tensor, ds: Tensor | None, weight: Tensor, d: Tensor, scale: float, factor: float
+    dy: Tensor,
+    ds: Tensor | None,
+    weight: Tensor,
+    d: Tensor,
+    scale: float,
+    factor: float,
+    alternate: bool = False,
 ) -> Tensor:
     """``dy (weight + expand_blocks(scale * d))`` plus the part of ``ds``.
 
@@ -58,15 +69,17 @@ def misse_input_grad(
     """
     d = scaled(d, scale, dy.dtype)
     if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
-        return _input_grad_by_tiles(dy, weight, d, rows)
+        return _input_grad_by_tiles(dy, weight, d, rows, alternate)
     part = dy @ d if ds is None else dy @ d + times(ds, 1 / factor)
     dx = dy @ weight
     if ds is None and _in_place():
-        return add_blocks_(dx, part)
-    return dx + expand_blocks(part, dx.shape[-1])
+        return add_blocks_(dx, part, alternate)
+    return dx + expand_blocks(part, dx.shape[-1], alternate)
 
 
-def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Tensor:
+def _input_grad_by_tiles(
+    dy: Tensor, weight: Tensor, d: Tensor, rows: int, alternate: bool
+) -> Tensor:
     """The same by tiles of the sum ``weight + expand_blocks(d)``, some rows at a time.
 
     For many tokens building the sum is less work than the product ``dy d``.
@@ -75,7 +88,8 @@ def _input_grad_by_tiles(dy: Tensor, weight: Tensor, d: Tensor, rows: int) -> Te
     tile = weight.new_empty(rows, weight.shape[1])
     for start in range(0, len(weight), rows):
         some = start, min(rows, len(weight) - start)
-        both = add_blocks_(tile[: some[1]].copy_(weight.narrow(0, *some)), d.narrow(0, *some))
+        both = tile[: some[1]].copy_(weight.narrow(0, *some))
+        add_blocks_(both, d.narrow(0, *some), alternate)
         dx.view(-1, dx.shape[-1]).addmm_(dy.narrow(1, *some), both, beta=1 if start else 0)
     return dx
 

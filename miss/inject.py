@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from miss.errors import ShapeError, StateError, at, named, replaced_error
-from miss.forms import METHODS, check_adapter_dtype
+from miss.forms import METHODS, check_adapter_dtype, variant
 from miss.heads import made_anew
 from miss.layers import AdaptedLayer, class_of, d_names
 from miss.layers.forwards import refuse_replaced
@@ -44,6 +44,7 @@ def inject(
     *,
     rank: int | Callable[[str, nn.Module], int] = 64,
     method: str = "misse",
+    alternate: bool = False,
     scale: float | Callable[[str, nn.Module], float] = 1.0,
     dropout: float = 0.0,
     adapter_dtype: torch.dtype | None = None,
@@ -73,6 +74,7 @@ def inject(
             a number, or a ``callable(name, module) -> int``. For one Parameter of a layer that has
             several, the name is the Parameter's.
         method: ``"misse"`` (input blocks share D) or ``"miss"`` (output shards share D).
+        alternate: with ``"misse"``, every other block of the input enters with a minus sign.
         scale: factor of the delta: a number, or a ``callable(name, module) -> float``.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter in training mode.
         adapter_dtype: dtype of D; by default the weight's, or float32 if that is half precision.
@@ -91,8 +93,8 @@ def inject(
 
     Raises:
         TargetError: a target matches nothing, or names what cannot be adapted.
-        ShapeError: ``rank``, ``method``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its
-            rule.
+        ShapeError: ``rank``, ``method``, ``alternate``, ``scale``, ``dropout`` or
+            ``adapter_dtype`` is outside its rule.
         StateError: a match is adapted already, or accelerate offloads its weights;
             DistributedDataParallel or FSDP wraps the model; a Parameter of ``trainable`` has no
             floating dtype.
@@ -111,12 +113,13 @@ def inject(
             expected, actual = " or ".join(map(repr, METHODS)), f"method={method!r}"
             do = "leave it out: 'misse' is the default, which PEFT calls MiSS (once Bone)"
             raise ShapeError("unknown method", expected=expected, actual=actual, do=do)
+        form = variant(METHODS[method], alternate=alternate)
         check_adapter_dtype(adapter_dtype)
         besides = trainable_of(tree, trainable)
         spared = not_in_all_linear(tree, besides)
         found = select(tree, targets, candidates(tree), exclude=exclude, not_in_all_linear=spared)
         refuse_offloaded(tree, (site.module for site in found.adapt))
-        plan = planned(found.adapt, method, rank, scale, dropout, adapter_dtype)
+        plan = planned(found.adapt, form, rank, scale, dropout, adapter_dtype)
         layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
         trained = besides.parameters | (unadapted_head(tree, layers) if freeze else {})
         warn_of_half(trained)

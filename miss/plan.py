@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from miss.errors import ShapeError, StateError, TargetError, at, merged_error, named
-from miss.forms import METHODS
+from miss.forms import Form
 from miss.layers import AdaptedLayer, class_of, host_of, looks_linear, path_of, refusal
 from miss.layers.swap import Adapter, largest_rank, new_adapter
 from miss.parents import read_weights
@@ -19,7 +19,7 @@ __all__ = ["candidates", "planned"]
 
 def planned(
     sites: list[Site],
-    method: str,
+    form: type[Form],
     rank: int | Callable[[str, nn.Module], int],
     scale: float | Callable[[str, nn.Module], float],
     dropout: float,
@@ -36,8 +36,8 @@ def planned(
     small: list[tuple[str, int, ShapeError]] = []
     for site in sites:
         with at(named(site.name)):
-            _check_unadapted(site, method)
-            cls = _class_for(site.module, method)
+            _check_unadapted(site, form)
+            cls = _class_for(site.module, form)
             alone = len(cls.miss_host.axes) == 1
             name = site.name if alone else joined(site.name, site.parameter)
             own_rank = rank(name, site.module) if callable(rank) else rank
@@ -50,6 +50,7 @@ def planned(
                     own_rank,
                     scale=own_scale,
                     dropout=dropout,
+                    alternate=form.alternate,
                     adapter_dtype=adapter_dtype,
                 )
             except ShapeError as error:
@@ -88,7 +89,7 @@ def candidates(tree: Tree) -> dict[int, str | None]:
     return reasons
 
 
-def _check_unadapted(site: Site, method: str) -> None:
+def _check_unadapted(site: Site, form: type[Form]) -> None:
     """Raise a `StateError` if a Parameter, or its layer in another form, is adapted already."""
     layer = site.module
     if not isinstance(layer, AdaptedLayer):
@@ -96,14 +97,16 @@ def _check_unadapted(site: Site, method: str) -> None:
     if site.parameter in layer.miss_configs:
         do = "miss.eject(model), or leave it out with exclude"
         raise StateError("is adapted already", do=do)
-    if layer.miss_form.name != method:
-        rule, actual = "is adapted in another form; a layer has one", f"method={method!r}"
-        raise StateError(rule, expected=f"method={layer.miss_form.name!r}", actual=actual)
+    own = f"method={layer.miss_form.name!r}, alternate={layer.miss_alternate}"
+    wanted = f"method={form.name!r}, alternate={form.alternate}"
+    if own != wanted:
+        rule = "is adapted in another form; a layer has one"
+        raise StateError(rule, expected=own, actual=wanted)
     if layer.miss_merged:
         raise merged_error("another of its Parameters cannot be adapted")
 
 
-def _class_for(module: nn.Module, method: str) -> type[AdaptedLayer]:
+def _class_for(module: nn.Module, form: type[Form]) -> type[AdaptedLayer]:
     """The class that adapts a module, or the one that it has already."""
     if isinstance(module, AdaptedLayer):
         return type(module)
@@ -111,4 +114,4 @@ def _class_for(module: nn.Module, method: str) -> type[AdaptedLayer]:
     if host is None:
         rule = f"no host adapts a {path_of(type(module))}"
         raise TargetError(rule, do="miss.register(type, host)")
-    return class_of(type(module), host, METHODS[method])
+    return class_of(type(module), host, form)

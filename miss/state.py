@@ -242,8 +242,8 @@ def _plan(
         cls = class_of(type(module), host, METHODS[config.form.name])
         d = new_d(module, parameter, config, tensors[key].dtype)
         plan[id(module), parameter] = Adapter(module, parameter, cls, config, d)
-    forms = {(id(a.layer), a.cls) for a in plan.values()}
-    if len(forms) > len({key for key, _ in forms}):
+    forms = {(id(a.layer), a.cls, a.config.form.alternate) for a in plan.values()}
+    if len(forms) > len({key for key, *_ in forms}):
         raise CheckpointError("the Parameters of one module are adapted in two forms")
     refuse_offloaded(tree, (adapter.layer for adapter in plan.values()))
     return list(plan.values())
@@ -266,11 +266,12 @@ def _check_same(records: Mapping[str, Record], adapted: Mapping[str, AdaptedLaye
     do = "miss.eject(model) first: a model without adapters is injected as the file says"
     check_keys(missing, [key for key in records if key not in own], do=do)
     for key, record in records.items():
-        theirs, ours = record.config.fields(), own[key].config.fields()
+        pair = record, own[key]
+        theirs, ours = ({"alternate": False} | one.config.fields() for one in pair)
         if record.host != own[key].host:
             rule = f"{key} is for another kind of layer"
             raise CheckpointError(rule, expected=own[key].host, actual=record.host)
-        for field in ("method", "shape", "rank", "rows", "scale"):
+        for field in ("method", "alternate", "shape", "rank", "rows", "scale"):
             if theirs.get(field) != ours.get(field):
                 rule = f"the {field} of {named(record.module)!r} is not the model's"
                 expected, actual = ours.get(field), theirs.get(field)

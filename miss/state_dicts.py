@@ -51,8 +51,7 @@ def adapter_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         layers = vars(state)["_metadata"] = OrderedDict()
         for place in places(own_adapters(tree)).values():
             state[record_of(place).key] = place.d.clone()
-            about = {KEY: metadata(place.layer.miss_form, merged=False)}
-            layers[place.name] = about
+            layers[place.name] = {KEY: metadata(place.layer, merged=False)}
         return state
 
 
@@ -100,7 +99,7 @@ def load_adapter_state_dict(
         tensors = {key: tensor for key, tensor in state.items() if key in found}
         for key in tensors:
             with at(f"load_adapter_state_dict, {key}"):
-                _check_form(found[key].layer.miss_form, about_of(state, key))
+                _check_form(found[key].config.form, about_of(state, key))
         slots: dict[str, Tensor] = {key: place.d for key, place in found.items()}
         check_fit(tensors, slots, "inject with the rank and the method of the state, onto its base")
         copy_(tensors, slots)
@@ -178,6 +177,8 @@ def _check_form(form: type[Form], about: Mapping[str, Any]) -> None:
     try:
         check_form(form, about)
     except StateError as error:
-        do = f"inject with method={about.get('form')!r}"
+        settings = {"method": about.get("form"), "alternate": about.get("alternate")}
+        given = [f"{key}={value!r}" for key, value in settings.items() if value is not None]
         found = error.expected, error.actual
+        do = f"inject with {', '.join(given)}"
         raise CheckpointError(error.rule, expected=found[0], actual=found[1], do=do) from None

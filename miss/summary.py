@@ -21,7 +21,8 @@ class LayerSummary:
     """One adapted layer, or one Parameter of a layer that has several D's.
 
     ``shape`` is the Parameter's: in a linear layer ``(out_features, in_features)``. ``trainable``
-    counts D and, once for each layer, what else in the layer requires grad.
+    counts D and, once for each layer, what else in the layer requires grad. ``alternate`` says
+    whether the blocks of its input alternate in sign.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerSummary:
     method: str
     rank: int
     trainable: int
+    alternate: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Summary:
         rows = [("name", "shape", "method", "rank", "trainable")]
         for layer in self.layers:
             shape, count = " x ".join(map(str, layer.shape)), f"{layer.trainable:,}"
-            rows.append((named(layer.name), shape, layer.method, str(layer.rank), count))
+            method = f"{layer.method}, alternating" if layer.alternate else layer.method
+            rows.append((named(layer.name), shape, method, str(layer.rank), count))
         widths = [max(map(len, column)) for column in zip(*rows)]
         name, shape, method, rank, trainable = ("-" * width for width in widths)
         rows.insert(1, (name, shape, method, rank, trainable))
@@ -152,7 +155,8 @@ def _layer(name: str, place: Place) -> LayerSummary:
         ds = {id(getattr(layer, d_name(parameter))) for parameter in layer.miss_configs}
         counted += [p for p in layer.parameters() if id(p) not in ds]
     trainable = _count(p for p in counted if p.requires_grad)
-    return LayerSummary(name, config.shape, config.form.name, config.rank, trainable)
+    form = config.form
+    return LayerSummary(name, config.shape, form.name, config.rank, trainable, form.alternate)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

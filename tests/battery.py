@@ -37,7 +37,7 @@ from miss.tensors import positions
 from tests import reference
 from tests.installed import ENVIRONMENT, ROOT
 from tests.models import snapshot
-from tests.strategies import DTYPES, tolerance
+from tests.strategies import DTYPES, OPTIONS, label_of, methods, tolerance
 
 RUN = """
 import sys, torch
@@ -49,7 +49,6 @@ miss.eject(layer)
 assert type(layer).__name__ == sys.argv[2], type(layer)
 """
 
-methods = pytest.mark.parametrize("method", ["misse", "miss"])
 ranks = pytest.mark.parametrize("rank", [1, 3, "full"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -82,7 +81,7 @@ class Battery:
         """An adapted model, its layer, and a random D, of whole steps where the layer rounds."""
         model = self.base(dtype)
         rank = self.SIZES[method != "miss"] if rank == "full" else rank
-        inject(model, "0", rank=rank, method=method, **{"scale": -0.5} | options)
+        inject(model, "0", rank=rank, **{"scale": -0.5} | OPTIONS[method] | options)
         torch.manual_seed(1)
         with torch.no_grad():
             for d in adapter_parameters(model):
@@ -100,7 +99,7 @@ class Battery:
         found = {}
         for parameter, config in layer.miss_configs.items():
             d = getattr(layer, d_name(parameter)).detach().double()
-            delta = reference.delta_of(layer.miss_form.name, d, config.shape, config.axes)
+            delta = reference.delta_of(label_of(layer), d, config.shape, config.axes)
             found[parameter] = config.scale * delta
         return found
 
@@ -184,7 +183,10 @@ class Battery:
             assert torch.equal(layer.miss_delta_weight(parameter), delta)
             assert torch.equal(config.form.delta(d, config), delta)
             owner = config.form.owner(config.size, config.rank)
-            assert torch.equal(d.index_select(config.shared, owner), delta)
+            spread = d.index_select(config.shared, owner).movedim(config.shared, -1)
+            sign = config.form.sign(config.size, config.rank)
+            spread = spread if sign is None else sign * spread
+            assert torch.equal(spread.movedim(-1, config.shared), delta)
             places = positions(delta.numel())
             assert torch.equal(config.form.at(d, config, places), delta.flatten()[places])
             for start in range(config.shape[0]):
@@ -288,7 +290,7 @@ class Battery:
         model = self.base()
         before = snapshot(model)
         plain = {name: p.detach().clone() for name, p in model.named_parameters()}
-        inject(model, "0", rank=3, method=method, freeze=False)
+        inject(model, "0", rank=3, freeze=False, **OPTIONS[method])
         assert set(model.state_dict()) > set(plain)
         assert isinstance(model[0], AdaptedLayer)
         assert isinstance(model[0], type(self.base()[0]))
@@ -411,8 +413,12 @@ class Battery:
         for parameter, config in configs.items():
             assert (config.rank, config.scale, config.dropout) == (3, -0.5, 0.25)
             assert config.d_shape == tuple(getattr(layer, d_name(parameter)).shape)
+        assert (layer.miss_alternate, label_of(layer)) == (method == "alternating", method)
         rows = summary(model).layers
-        assert [row.method for row in rows] == [method] * len(configs)
+        said = [{"method": row.method, "alternate": row.alternate} for row in rows]
+        assert said == [{"alternate": False} | OPTIONS[method]] * len(configs)
+        assert ("alternating" in str(summary(model))) == layer.miss_alternate
+        assert repr(layer).count("alternate=True") == len(configs) * layer.miss_alternate
         assert [row.shape for row in rows] == [config.shape for config in configs.values()]
         with pytest.raises(TargetError, match="is not adapted"):
             layer.miss_delta_weight("nothing")
@@ -443,7 +449,7 @@ class Battery:
                     setattr(layer, name, nn.Parameter(value) if place == "Parameter" else value)
             own = {name: getattr(layer, name) for name in names}
             y = layer(self.x())
-            inject(layer, type(layer), rank=3, method=method)
+            inject(layer, type(layer), rank=3, **OPTIONS[method])
             assert all(getattr(layer, name) is value for name, value in own.items())
             assert torch.equal(layer(self.x()), y)
             eject(layer)

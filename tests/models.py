@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miss import adapter_parameters, inject
+from tests.strategies import OPTIONS
 
 
 class Attention(nn.Module):
@@ -92,7 +93,7 @@ def fill(model: nn.Module) -> nn.Module:
 
 def adapted_decoder(method: str = "misse", **options: object) -> Decoder:
     torch.manual_seed(0)
-    model = inject(Decoder(**options), "all-linear", rank=2, method=method)
+    model = inject(Decoder(**options), "all-linear", rank=2, **OPTIONS[method])
     perturb(model)
     return model
 

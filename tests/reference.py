@@ -23,14 +23,27 @@ def shard_of(out_features: int, shards: int) -> list[int]:
     return rows
 
 
+def sign(method: str, c: int, rank: int) -> int:
+    """That of column ``c`` of the delta: of every other block a minus, if signs alternate."""
+    return -1 if method == "alternating" and c // rank % 2 else 1
+
+
+def unsigned(method: str) -> str:
+    """The form of the same terms without signs; of absolute values it bounds the rounding."""
+    return "misse" if method == "alternating" else method
+
+
 def delta(method: str, d: Tensor, out_features: int, in_features: int) -> Tensor:
     """The dense delta at scale 1, entry by entry."""
-    shard = shard_of(out_features, d.shape[0])
+    shard, rank = shard_of(out_features, d.shape[0]), d.shape[1]
     dense = []
     for o in range(out_features):
         row = []
         for c in range(in_features):
-            row.append(d[o, c % d.shape[1]] if method == "misse" else d[shard[o], c])
+            if method == "miss":
+                row.append(d[shard[o], c])
+            else:
+                row.append(sign(method, c, rank) * d[o, c % rank])
         dense.append(torch.stack(row))
     return torch.stack(dense)
 
@@ -43,14 +56,14 @@ def delta_of(method: str, d: Tensor, shape: tuple[int, ...], axes: tuple[int, in
 
 
 def factor(method: str, rank: int, out_features: int, in_features: int) -> Tensor:
-    """The frozen 0/1 factor that makes the form a LoRA.
+    """The frozen factor, of 0 and 1 (or -1), that makes the form a LoRA.
 
     It is A, ``(r, in)``, of MiSSe, or B, ``(out, r)``, of MiSS.
     """
-    if method == "misse":
+    if method != "miss":
         a = torch.zeros(rank, in_features, dtype=torch.float64)
         for c in range(in_features):
-            a[c % rank, c] = 1
+            a[c % rank, c] = sign(method, c, rank)
         return a
     b = torch.zeros(out_features, rank, dtype=torch.float64)
     for o, shard in enumerate(shard_of(out_features, rank)):
@@ -63,10 +76,11 @@ def sharded(method: str, x: Tensor, d: Tensor, out_features: int) -> Tensor:
 
     MiSSe goes block by block (Eq. 4-7), MiSS shard by shard (Eq. 2-3).
     """
-    if method == "misse":
+    if method != "miss":
         rank = d.shape[1]
         padded = torch.cat([x, x.new_zeros(-len(x) % rank)])
-        s = sum(padded[start : start + rank] for start in range(0, len(padded), rank))
+        starts = range(0, len(padded), rank)
+        s = sum(sign(method, start, rank) * padded[start : start + rank] for start in starts)
         return torch.stack([sum(d[o, j] * s[j] for j in range(rank)) for o in range(out_features)])
     rows = []
     for shard, size in enumerate(shard_sizes(out_features, d.shape[0])):

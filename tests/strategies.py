@@ -1,6 +1,7 @@
 """Hypothesis strategies that the tests share, and the tolerance that goes with what they draw."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,20 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from miss import MiSSeLinear, MiSSLinear
+from miss import AdaptedLayer, MiSSeLinear, MiSSLinear
 from tests import reference
 
-FORMS = {"misse": MiSSeLinear, "miss": MiSSLinear}
+# The forms by the labels of the tests: what `inject` is told, and what makes a layer.
+OPTIONS = {
+    "misse": {"method": "misse"},
+    "alternating": {"method": "misse", "alternate": True},
+    "miss": {"method": "miss"},
+}
+FORMS = {
+    "misse": partial(MiSSeLinear),
+    "alternating": partial(MiSSeLinear, alternate=True),
+    "miss": partial(MiSSLinear),
+}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,10 +62,14 @@ class Case:
         return torch.randn(*self.leading, self.in_features, dtype=torch.float64).to(dtype)
 
 
-RAGGED = [
-    Case("misse", 10, 7, 3, True, 1.0, (2, 3), 0),
-    Case("miss", 10, 7, 3, True, 1.0, (2, 3), 0),
-]
+def label_of(layer: AdaptedLayer) -> str:
+    """The label of a layer's form."""
+    return "alternating" if layer.miss_alternate else layer.miss_form.name
+
+
+RAGGED = [Case(method, 10, 7, 3, True, 1.0, (2, 3), 0) for method in FORMS]
+methods = pytest.mark.parametrize("method", FORMS)
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 ragged = pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.method)
 
 
@@ -64,9 +79,9 @@ def cases(draw: st.DrawFn, max_size: int = 13) -> Case:
 
     Ragged and even, rank 1 and full, bias or none, every leading shape, empty batches.
     """
-    method = draw(st.sampled_from(sorted(FORMS)))
+    method = draw(st.sampled_from(list(FORMS)))
     in_features, out_features = draw(st.integers(1, max_size)), draw(st.integers(1, max_size))
-    limit = in_features if method == "misse" else out_features
+    limit = out_features if method == "miss" else in_features
     return Case(
         method=method,
         in_features=in_features,
@@ -85,7 +100,8 @@ def tolerance(dtype: torch.dtype, magnitude: Tensor, terms: int) -> Tensor:
     The absolute values of the products add up to ``magnitude``. Each of at most eight roundings to
     ``dtype`` (inputs cast, block sum, two products, their results, the final sum) costs one eps of
     the magnitude. Each addition inside a sum costs one eps of the accumulator, fp32 for half
-    precision. The last term is the spacing of the subnormals, for each term.
+    precision. Where signs alternate, the block sum is two sums whose difference is rounded again.
+    The last term is the spacing of the subnormals, for each term.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     accumulator = torch.finfo(torch.float32 if half else dtype).eps
@@ -119,9 +135,8 @@ def assert_equals_oracle(case: Case, layer: nn.Linear, x: Tensor) -> None:
 
     # The same sums over absolute values bound the rounding.
     ax, ad, ag = x64.detach().abs().requires_grad_(), d64.detach().abs().requires_grad_(), g64.abs()
-    size = reference.output(
-        case.method, ax, w.abs(), None if b is None else b.abs(), ad, abs(case.scale)
-    )
+    ab, unsigned = None if b is None else b.abs(), reference.unsigned(case.method)
+    size = reference.output(unsigned, ax, w.abs(), ab, ad, abs(case.scale))
     size_x, size_d = torch.autograd.grad(size, (ax, ad), ag, allow_unused=True)
     size_d = torch.zeros_like(ad) if size_d is None else size_d
     terms = case.in_features + case.out_features + x.numel() + 1

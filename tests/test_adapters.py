@@ -20,9 +20,7 @@ from miss import (
     verify,
 )
 from tests.models import TOKENS, Decoder, adapted_decoder, perturb
-from tests.strategies import FORMS
-
-methods = pytest.mark.parametrize("method", sorted(FORMS))
+from tests.strategies import OPTIONS, methods
 
 
 def test_summary_counts():
@@ -238,13 +236,13 @@ class Outputs(nn.Module):
 @methods
 def test_verify_with_a_backward_names_each_d_without_a_gradient(method: str):
     x = torch.randn(2, 4)
-    model = inject(Outputs(detached=False), "all-linear", rank=2, method=method)
+    model = inject(Outputs(detached=False), "all-linear", rank=2, **OPTIONS[method])
     kept = model.body.miss_D.grad = torch.ones_like(model.body.miss_D)
     with torch.no_grad():
         verify(model, x, backward=True)
     assert model.body.miss_D.grad is kept
     assert model.pool.miss_D.grad is None
-    detached = inject(Outputs(detached=True), "all-linear", rank=2, method=method)
+    detached = inject(Outputs(detached=True), "all-linear", rank=2, **OPTIONS[method])
     verify(detached, x)
     with pytest.raises(StateError, match=r"1 D got no gradient .*\n.*actual:   pool\n"):
         verify(detached, x, backward=True)
@@ -255,7 +253,7 @@ def test_verify_with_a_backward_names_each_d_without_a_gradient(method: str):
     with pytest.raises(StateError, match=r"is merged: .*\n.*unmerge"):
         verify(model, x, backward=True)
     frozen = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0))
-    inject(frozen, "0", rank=2, method=method)
+    inject(frozen, "0", rank=2, **OPTIONS[method])
     frozen[0].register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(StateError, match=r"actual:   0\n"):
         verify(frozen, x, backward=True)

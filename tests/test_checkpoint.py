@@ -178,6 +178,10 @@ def test_extra_modules_come_back_with_their_buffers(
             "the rank of 'encoder.0' is not the model's\n  expected: 3\n  actual:   2",
         ),
         (lambda m: inject(m, "encoder.*", rank=2, method="miss"), "the method of 'encoder.0'"),
+        (
+            lambda m: inject(m, "encoder.*", rank=2, alternate=True),
+            "the alternate of 'encoder.0' is not the model's\n  expected: True\n  actual:   False",
+        ),
         (lambda m: inject(m, "encoder.*", rank=2, scale=2.0), "the scale of 'encoder.0'"),
         (
             lambda m: inject(m, "encoder.*", rank=2, adapter_dtype=torch.bfloat16),
@@ -262,8 +266,10 @@ def test_save_refuses_what_it_cannot_write_and_keeps_the_old_file(tmp_path: path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_metadata_of_a_file(tmp_path: pathlib.Path):
-    save(inject(Classifier(), "encoder.0", rank=2, scale=0.5), tmp_path / "a.safetensors")
+@pytest.mark.parametrize("said", [{}, {"alternate": True}], ids=str)
+def test_the_metadata_of_a_file(tmp_path: pathlib.Path, said: dict[str, bool]):
+    model = inject(Classifier(), "encoder.0", rank=2, scale=0.5, **said)
+    save(model, tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         about = json.loads(file.metadata()["miss"])
         running = ["num_batches_tracked", "running_mean", "running_var"]
@@ -275,7 +281,7 @@ def test_the_metadata_of_a_file(tmp_path: pathlib.Path):
     module = {"module": "encoder.0", "parameter": "weight"}
     module |= {"host": "miss.layers.linear.LinearHost"}
     layer = {"method": "misse", "rank": 2, "scale": 0.5, "dropout": 0.0, "shape": [6, 6]}
-    adapters = {"encoder.0.miss_D": module | layer}
+    adapters = {"encoder.0.miss_D": module | layer | said}
     weights = {"encoder.0.weight": [6, 6], "encoder.2.weight": [6, 6], "head.1.weight": [3, 6]}
     base = {name: ["float32", *shape] for name, shape in weights.items()}
     assert values == [4 * (36 + 36 + 18)]

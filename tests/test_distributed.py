@@ -8,6 +8,7 @@ from torch import nn
 
 from miss import adapter_parameters, inject
 from tests.processes import on_two_processes
+from tests.strategies import OPTIONS
 
 RANKS = 1, 2, 3, 4, 5, 8  # dividing 12 and not, with an odd number of blocks and an even one
 
@@ -21,12 +22,12 @@ def compare(rank: int) -> None:
     )
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for method in ("misse", "miss"):
+    for options in OPTIONS.values():
         for r in RANKS:
             for dtype, tolerance in ((torch.float64, 1e-12), (torch.float16, 2e-2)):
                 torch.manual_seed(0)
                 model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)).to(dtype)
-                inject(model, ["0", "2"], rank=r, method=method, scale=0.5)
+                inject(model, ["0", "2"], rank=r, scale=0.5, **options)
                 for d in adapter_parameters(model):
                     nn.init.normal_(d, std=0.1)
                 plain, x = copy.deepcopy(model), torch.randn(4, 8).to(dtype)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from measure import peak_bytes, saved_bytes
 from miss import MiSSeLinear, MiSSLinear, disabled
 from tests.paths import both_paths, counted, plain_path, results
-from tests.strategies import DTYPES, FORMS, RAGGED, Case, assert_equals_oracle, cases, ragged
+from tests.strategies import DTYPES, FORMS, RAGGED, Case, assert_equals_oracle, cases, forms, ragged
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -36,11 +36,14 @@ LAYOUTS = {
 @given(case=cases(), layout=st.sampled_from(sorted(LAYOUTS)))
 @example(case=RAGGED[0], layout="transposed")
 @example(case=RAGGED[1], layout="expanded")
+@example(case=RAGGED[2], layout="sliced")
 @example(case=Case("misse", 13, 13, 13, True, -2.0, (), 0), layout="contiguous")
 @example(
     case=Case("misse", 4, 530, 2, True, -2.0, (3,), 1), layout="contiguous"
 )  # more than one part of the gradient of D
 @example(case=Case("miss", 530, 4, 2, True, -2.0, (3,), 1), layout="contiguous")
+@example(case=Case("alternating", 13, 13, 13, True, -2.0, (), 0), layout="contiguous")
+@example(case=Case("alternating", 12, 530, 3, True, -2.0, (3,), 1), layout="transposed")
 def test_fast_path_equals_oracle(
     case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype | None, layout: str
 ):
@@ -137,7 +140,7 @@ def test_rule(case: Case):
     layer.weight.requires_grad_()
     assert not fast(layer, x)
     layer.weight.requires_grad_(False)
-    empty = MiSSeLinear(10, 0, 1) if case.method == "misse" else MiSSLinear(0, 7, 2)
+    empty = MiSSLinear(0, 7, 2) if case.method == "miss" else FORMS[case.method](10, 0, 1)
     assert not fast(empty, torch.randn(3, empty.in_features))
     sparse = case.layer()
     sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse_csr(), requires_grad=False)
@@ -158,7 +161,7 @@ def test_saved_for_backward(case: Case):
     case = replace(case, leading=(5, 3))
     for dtype in DTYPES:
         layer, x = case.layer(dtype), case.input(dtype).requires_grad_()
-        kept = case.rank if case.method == "misse" else case.in_features  # S, or x
+        kept = case.in_features if case.method == "miss" else case.rank  # x, or S
         assert saved_bytes(layer, x) == 15 * kept * dtype.itemsize
     layer.miss_D.requires_grad_(False)
     assert saved_bytes(layer, x) == 0
@@ -177,7 +180,7 @@ def test_misse_lets_go_of_its_input():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(1024, 1024), (1000, 1500), (576, 1536)], ids=str)
 @pytest.mark.parametrize("tokens", [128, 512, 2048])
-@pytest.mark.parametrize("form", FORMS.values())
+@forms
 def test_peak_of_a_step_is_that_of_the_base_and_a_tenth(
     form: type, tokens: int, size: tuple[int, int], dtype: torch.dtype
 ):

@@ -20,15 +20,17 @@ from tests.strategies import DTYPES, RAGGED, Case, assert_equals_oracle, cases, 
             "misse", 13, 240, 2, True, 0.5, (2, 70), 0
         ),  # two tiles, the second one short; a short last block
         Case("misse", 12, 120, 3, False, 1.0, (400,), 1),  # one tile
+        Case("alternating", 13, 240, 2, True, 0.5, (2, 70), 0),
+        Case("alternating", 12, 120, 3, False, 1.0, (400,), 1),
     ],
-    ids=["ragged", "even"],
+    ids=str,
 )
 def test_gradient_by_tiles_equals_oracle(case: Case, dtype: torch.dtype):
     real = gradients._input_grad_by_tiles
     with mock.patch.object(gradients, "_input_grad_by_tiles", wraps=real) as tiles:
         assert_equals_oracle(case, case.layer(dtype), case.input(dtype))
     assert tiles.call_count == 1
-    assert (tiles.call_args.args[-1] < case.out_features) == (case.in_features == 13)
+    assert (tiles.call_args.args[3] < case.out_features) == (case.in_features == 13)
 
 
 @given(case=cases(max_size=6))
@@ -48,7 +50,9 @@ def test_second_derivatives_equal_those_of_the_plain_path(case: Case):
 
 
 @pytest.mark.parametrize(
-    "case", [*RAGGED, Case("misse", 13, 120, 2, True, 0.5, (140,), 0)], ids=str
+    "case",
+    [*RAGGED, *(Case(m, 13, 120, 2, True, 0.5, (140,), 0) for m in ("misse", "alternating"))],
+    ids=str,
 )
 def test_batched_gradients(case: Case):
     layer, x = case.layer(), case.input().requires_grad_()

@@ -22,14 +22,13 @@ from miss import (
 )
 from miss.parents import keep_slow_path
 from tests.models import TOKENS, Decoder, perturb, snapshot
-from tests.strategies import FORMS
+from tests.strategies import FORMS, OPTIONS, methods
 
-methods = pytest.mark.parametrize("method", sorted(FORMS))
 LINEAR_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj", "mlp.0", "mlp.2", "lm_head"]
 
 
 @given(
-    st.sampled_from(sorted(FORMS)),
+    st.sampled_from(list(FORMS)),
     st.sets(st.sampled_from(LINEAR_NAMES), min_size=1),
     st.integers(1, 8),
     st.booleans(),
@@ -45,9 +44,9 @@ def test_inject_then_eject_leaves_the_model_as_it_was(
         lambda module, args, output: hook_calls.append(module)
     )
     before, output = snapshot(model), model(TOKENS)
-    assert inject(model, targets, rank=rank, method=method, freeze=freeze) is model
+    assert inject(model, targets, rank=rank, **OPTIONS[method], freeze=freeze) is model
     assert torch.equal(model(TOKENS), output)
-    assert {type(m) for m in adapted_modules(model).values()} == {FORMS[method]}
+    assert {type(m) for m in adapted_modules(model).values()} == {FORMS[method].func}
     assert all(m.training == training for m in model.modules())
     perturb(model)
     assert not torch.equal(model(TOKENS), output)
@@ -65,7 +64,7 @@ def test_inject_then_eject_leaves_the_model_as_it_was(
 def test_keys_identity_and_aliases(method: str):
     model = Decoder()
     keys, modules = set(model.state_dict()), [id(m) for m in model.modules()]
-    inject(model, "mlp.2", rank=2, method=method)
+    inject(model, "mlp.2", rank=2, **OPTIONS[method])
     assert [id(m) for m in model.modules()] == modules
     assert set(model.state_dict()) - keys == {
         "layers.0.mlp.2.miss_D",
@@ -245,7 +244,7 @@ def test_tied_weights_stay_tied():
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
 def test_only_adapters_receive_gradients_and_move(method: str, checkpointing: str | None):
     torch.manual_seed(0)
-    model = inject(Decoder(checkpointing=checkpointing), "all-linear", rank=2, method=method)
+    model = inject(Decoder(checkpointing=checkpointing), "all-linear", rank=2, **OPTIONS[method])
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -262,7 +261,9 @@ def test_checkpointing_gives_the_same_gradients(method: str):
     gradients = []
     for checkpointing in (None, "reentrant", "non-reentrant"):
         torch.manual_seed(0)
-        model = inject(Decoder(checkpointing=checkpointing), "all-linear", rank=2, method=method)
+        model = inject(
+            Decoder(checkpointing=checkpointing), "all-linear", rank=2, **OPTIONS[method]
+        )
         perturb(model)
         model(TOKENS).sum().backward()
         gradients.append([d.grad for d in adapter_parameters(model)])
@@ -277,7 +278,7 @@ def test_inject_after_compile_takes_effect(method: str):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 6)
     base = compiled(x)
-    inject(compiled, "all-linear", rank=2, method=method)
+    inject(compiled, "all-linear", rank=2, **OPTIONS[method])
     assert torch.equal(compiled(x), base)
     perturb(model)
     assert torch.equal(compiled(x), model(x))
@@ -295,7 +296,7 @@ def test_transformer_encoder_in_every_mode(method: str):
     )
     x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     before = snapshot(encoder)
-    inject(encoder, ["linear1", "linear2"], rank=2, method=method)
+    inject(encoder, ["linear1", "linear2"], rank=2, **OPTIONS[method])
     assert [keep_slow_path in layer._forward_hooks.values() for layer in encoder.layers] == [
         True,
         True,
@@ -330,7 +331,7 @@ def test_transformer_encoder_trains_in_eval_mode_under_a_padding_mask(method: st
     ).eval()
     x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     base = encoder(x, None, mask)
-    inject(encoder, "linear1", rank=2, method=method)
+    inject(encoder, "linear1", rank=2, **OPTIONS[method])
     for arguments in (
         ((x, None, mask), {}),
         ((x,), {"src_key_padding_mask": mask}),

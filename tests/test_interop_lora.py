@@ -17,14 +17,16 @@ from miss import MiSSLinear, adapted_modules, adapter_parameters, inject, intero
 from miss.interop.peft_files import base_config
 from miss.tree import Tree
 from tests.models import perturb
+from tests.strategies import OPTIONS
 from tests.test_interop import REAL, Classifier, base_and_targets, output
 
 
 @pytest.mark.parametrize("name", sorted(REAL))
 def test_peft_loads_our_lora(tmp_path: pathlib.Path, name: str):
     base, targets, inputs = base_and_targets(name)
-    model = inject(copy.deepcopy(base), targets[::2], rank=5, scale=0.5)
-    inject(model, targets[1::2], rank=3, method="miss", scale=2.0)
+    model = inject(copy.deepcopy(base), targets[::3], rank=5, scale=0.5)
+    inject(model, targets[1::3], rank=3, method="miss", scale=2.0)
+    inject(model, targets[2::3], rank=4, alternate=True, scale=-1.5)
     for d in adapter_parameters(model):
         nn.init.normal_(d, std=0.1)
     for merged in (False, True):
@@ -41,9 +43,9 @@ def test_peft_loads_our_lora(tmp_path: pathlib.Path, name: str):
     assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {5}
 
 
-@pytest.mark.parametrize(("method", "scale"), [("misse", 1.0), ("miss", 3.0)])
+@pytest.mark.parametrize(("method", "scale"), [("misse", 1.0), ("miss", 3.0), ("alternating", 2.0)])
 def test_lora_factors_are_the_delta_exactly(tmp_path: pathlib.Path, method: str, scale: float):
-    model = inject(Classifier(), ["body.*", "head.1"], rank=3, method=method, scale=scale)
+    model = inject(Classifier(), ["body.*", "head.1"], rank=3, **OPTIONS[method], scale=scale)
     perturb(model)
     interop.lora.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -53,7 +55,8 @@ def test_lora_factors_are_the_delta_exactly(tmp_path: pathlib.Path, method: str,
     for name, layer in adapted_modules(model).items():
         a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         assert torch.equal(config["lora_alpha"] / config["r"] * (b @ a), layer.delta_weight())
-        assert {*(b if isinstance(layer, MiSSLinear) else a).unique().tolist()} == {0.0, 1.0}
+        frozen = b if isinstance(layer, MiSSLinear) else a
+        assert {*frozen.unique().tolist()} == {0.0, 1.0} | ({-1.0} if layer.alternate else set())
 
 
 def test_targets_are_leaf_names_where_these_say_enough():

@@ -177,6 +177,10 @@ def test_what_peft_has_no_form_for_is_refused(tmp_path: pathlib.Path):
             r"body\.up: is a MiSSLinear.*\n.*miss\.interop\.lora\.save",
         ),
         (
+            inject(Classifier(), "up", rank=2, alternate=True),
+            r"MiSSeLinear with alternating signs, a form that PEFT does.*\n.*miss\.interop\.lora",
+        ),
+        (
             inject(inject(Classifier(), "up", rank=2), "down", rank=3),
             r"one rank, mini_r and dropout.*\n.*\(2, 1, 0\.0\)",
         ),

@@ -42,11 +42,16 @@ from miss import (
     unmerge,
 )
 from tests import reference
-from tests.strategies import DTYPES, FORMS, tolerance
+from tests.strategies import DTYPES, FORMS, OPTIONS, tolerance
 
 SHAPES = {"a": (7, 10), "b": (12, 4), "c": (3, 9)}  # out, in
 names = st.sets(st.sampled_from(sorted(SHAPES)), min_size=1)
 Settings = dict[str, tuple[str, int, float]]  # layer -> method, rank, scale
+
+
+def kinds(config: Settings, state: dict[str, Tensor]) -> dict[str, tuple[str, torch.Size]]:
+    """The form and the shape of each D of a state."""
+    return {key: (config[key.split(".")[1]][0], d.shape) for key, d in state.items()}
 
 
 class Bag(nn.Module):
@@ -91,7 +96,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         chosen=names,
-        method=st.sampled_from(sorted(FORMS)),
+        method=st.sampled_from(list(FORMS)),
         rank=st.integers(1, 3),
         scale=st.sampled_from([1.0, -0.5]),
     )
@@ -101,7 +106,7 @@ class Life(RuleBasedStateMachine):
             with pytest.raises(StateError):
                 inject(self.model, targets, rank=rank)
             return
-        inject(self.model, targets, rank=rank, method=method, scale=scale)
+        inject(self.model, targets, rank=rank, **OPTIONS[method], scale=scale)
         for name in chosen:
             self.settings[name] = (method, rank, scale)
             self.adapters[name] = torch.zeros_like(self.layer(name).miss_D)
@@ -189,8 +194,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(state=states)
     def put_state(self, state: tuple[Settings, dict[str, Tensor]]):
-        shapes = {f"layers.{name}.miss_D": d.shape for name, d in self.adapters.items()}
-        fits = shapes == {key: d.shape for key, d in state[1].items()}
+        own = {f"layers.{name}.miss_D": d for name, d in self.adapters.items()}
+        fits = kinds(self.settings, own) == kinds(*state)
         if not fits or self.merged:
             with pytest.raises(StateError if self.merged else CheckpointError):
                 load_adapter_state_dict(self.model, state[1])
@@ -205,8 +210,9 @@ class Life(RuleBasedStateMachine):
         other: tuple[Settings, dict[str, Tensor]],
         weight: float,
     ):
-        shapes = [{key: d.shape for key, d in state.items()} for _, state in (one, other)]
-        if not one[1] or shapes[0] != shapes[1]:
+        if not one[1] or kinds(*one) != kinds(*other):
+            with pytest.raises(CheckpointError):
+                combine([(one[1], weight), (other[1], 2.0)])
             return multiple()
         total = combine([(one[1], weight), (other[1], 2.0)])
         for key, d in total.items():

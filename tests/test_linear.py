@@ -1,5 +1,6 @@
 import copy
 import io
+import itertools
 import pickle
 import warnings
 from dataclasses import replace
@@ -30,11 +31,11 @@ from tests.strategies import (
     Case,
     assert_equals_oracle,
     cases,
+    forms,
+    methods,
     ragged,
     tolerance,
 )
-
-forms = pytest.mark.parametrize("form", FORMS.values())
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, "same"])
@@ -42,8 +43,10 @@ forms = pytest.mark.parametrize("form", FORMS.values())
 @given(case=cases())
 @example(case=Case("misse", 12, 5, 4, True, 1.0, (3,), 1))
 @example(case=Case("miss", 5, 12, 4, True, 1.0, (3,), 1))
+@example(case=Case("alternating", 12, 5, 3, True, 1.0, (3,), 1))
 @example(case=RAGGED[0])
 @example(case=RAGGED[1])
+@example(case=RAGGED[2])
 def test_sharded_forward_equals_oracle_and_merged_weight(
     case: Case, dtype: torch.dtype, adapter_dtype: str | None
 ):
@@ -144,9 +147,9 @@ def test_rank_bound_and_lora_equivalence(case: Case):
     layer = case.layer()
     with torch.no_grad():
         delta = layer.delta_weight()
-        zero_one = reference.factor(case.method, case.rank, case.out_features, case.in_features)
+        frozen = reference.factor(case.method, case.rank, case.out_features, case.in_features)
         d = layer.miss_D
-        lora = d @ zero_one if case.method == "misse" else zero_one @ d
+        lora = frozen @ d if case.method == "miss" else d @ frozen
         torch.testing.assert_close(delta, case.scale * lora, rtol=0, atol=0)
         assert torch.linalg.matrix_rank(delta) <= case.rank == layer.rank
 
@@ -200,7 +203,8 @@ def test_autocast_gives_the_base_layers_dtype(case: Case, dtype: torch.dtype):
             assert y.dtype == layer(x).dtype == dtype
     tensors = [t.detach().double() for t in (x, layer.weight, layer.bias, layer.miss_D)]
     exact = reference.output(case.method, *tensors, 1.0)
-    magnitude = reference.output(case.method, *(t.abs() for t in tensors), 1.0)
+    unsigned = reference.unsigned(case.method)
+    magnitude = reference.output(unsigned, *(t.abs() for t in tensors), 1.0)
     assert ((y.double() - exact).abs() <= tolerance(dtype, magnitude, case.in_features)).all()
     y.float().sum().backward()
     assert x.grad is not None
@@ -208,25 +212,27 @@ def test_autocast_gives_the_base_layers_dtype(case: Case, dtype: torch.dtype):
     assert layer.miss_D.grad.dtype == torch.float32
 
 
-@forms
-def test_fp16_block_sums_that_overflow(form: type[nn.Linear]):
-    layer = form(64, 4, 2, dtype=torch.float16)
-    with torch.no_grad():
-        layer.weight.zero_()
-        layer.miss_D.fill_(1e-2)
-        y = layer(torch.full((1, 64), 6e3).half())  # a block sums to 192,000, beyond fp16
-    torch.testing.assert_close(
-        y.float(), torch.full((1, 4), 64 * 6e3 * 1e-2) + layer.bias.float(), rtol=2e-3, atol=0
-    )
+def check_sums_beyond_fp16(method: str, in_features: int, rank: int):
+    layer = FORMS[method](in_features, 8, rank, dtype=torch.float16)
+    signs = [reference.sign(method, c, rank) for c in range(in_features)]
+    x = (6e4 * torch.tensor([signs])).half()  # two terms of one sum are beyond fp16
+    exact = torch.full((1, 8), in_features * 6e4 * 1e-3) + layer.bias.float()
+    for allowed in (True, False):
+        with torch.no_grad(), mock.patch.object(fused, "fits", return_value=allowed):
+            layer.weight.zero_()
+            layer.miss_D.fill_(1e-3)
+            torch.testing.assert_close(layer(x).float(), exact, rtol=2e-3, atol=0)
 
 
-def test_fp16_ragged_block_sums_that_overflow():
-    layer = MiSSeLinear(7, 2, 4, bias=False, dtype=torch.float16)
-    with torch.no_grad():
-        layer.weight.zero_()
-        layer.miss_D.fill_(1e-3)
-        y = layer(torch.full((1, 7), 4e4).half())  # one whole block and a short one: 80,000
-    torch.testing.assert_close(y.float(), torch.full((1, 2), 7 * 4e4 * 1e-3), rtol=2e-3, atol=0)
+@methods
+def test_fp16_block_sums_that_overflow(method: str):
+    check_sums_beyond_fp16(method, 64, 2)
+
+
+@methods
+@pytest.mark.parametrize("rank", [4, 7])  # a whole block and a short one, and one alone
+def test_fp16_ragged_block_sums_that_overflow(method: str, rank: int):
+    check_sums_beyond_fp16(method, 7, rank)
 
 
 @ragged
@@ -284,6 +290,17 @@ def test_compile_fullgraph_equals_eager(case: Case):
     torch.testing.assert_close(got, layer.miss_D.grad)
 
 
+def test_compiled_layers_of_both_signs_share_no_graph():
+    torch.compiler.reset()
+    x = torch.randn(2, 12)
+    for signs in itertools.product([False, True], repeat=2):
+        model = nn.Sequential(*(MiSSeLinear(12, 12, 3, alternate=sign) for sign in signs))
+        for layer in model:
+            nn.init.normal_(layer.miss_D)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 @ragged
 def test_compile_with_inductor(case: Case):
     torch.compiler.reset()
@@ -316,7 +333,7 @@ def test_pickle_deepcopy_and_save(case: Case):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@given(st.sampled_from(sorted(FORMS)), st.lists(st.integers(0, 4), min_size=1, max_size=4))
+@given(st.sampled_from(list(FORMS)), st.lists(st.integers(0, 4), min_size=1, max_size=4))
 def test_strided_nested_input(method: str, lengths: list[int]):
     layer = Case(method, 5, 7, 3, True, 1.0, (), 0).layer()
     rows = [torch.randn(length, 5, dtype=torch.float64) for length in lengths]

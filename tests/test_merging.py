@@ -13,9 +13,8 @@ from miss import MiSSeLinear, StateError, disabled, eject, inject, merge, unmerg
 from miss.merging import refuse_loading
 from tests import reference
 from tests.models import TOKENS, Decoder, adapted_decoder, perturb, snapshot
-from tests.strategies import DTYPES, FORMS, Case, cases, tolerance
+from tests.strategies import DTYPES, Case, cases, methods, tolerance
 
-methods = pytest.mark.parametrize("method", sorted(FORMS))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -168,6 +168,12 @@ def test_a_later_call_adds_a_second_parameter_in_the_same_form():
         with pytest.raises(error, match=message):
             inject(model, targets, **{"rank": 2} | options)
         assert snapshot(model) == before
+    signed = inject(Model(), "mixer.now", rank=2, alternate=True)
+    before = snapshot(signed)
+    with pytest.raises(StateError, match=r"(?s)in another form.*alternate=True.*alternate=False"):
+        inject(signed, "mixer.past_weight", rank=2)
+    assert snapshot(signed) == before
+    inject(signed, "mixer.past_weight", rank=2, alternate=True)
     inject(model, "0.mixer.past_weight", rank=3, method="miss")
     layer = model.blocks[0].mixer
     settings = {p: (c.rank, c.scale) for p, c in layer.miss_configs.items()}
@@ -220,12 +226,13 @@ def test_each_d_has_its_row_its_key_and_its_place_in_a_file(tmp_path):
         load(one, tmp_path / "a.pt")
 
 
-def test_a_file_of_two_forms_for_one_module_is_refused(tmp_path):
+@pytest.mark.parametrize("fields", [{"method": "miss"}, {"alternate": True}], ids=str)
+def test_a_file_of_two_forms_for_one_module_is_refused(tmp_path, fields):
     path, key = str(tmp_path / "a.pt"), "blocks.0.mixer.miss_D_now"
     save(inject(Model(), "0.mixer", rank=2), path)
     tensors, about, _ = files.read(path)
-    about["adapters"][key]["method"] = "miss"
-    tensors[key] = torch.zeros(2, 8)
+    about["adapters"][key] |= fields
+    tensors[key] = torch.zeros(2, 8) if "method" in fields else torch.zeros(8, 2)
     files.write(path, tensors, about)
     model = Model()
     before = snapshot(model)

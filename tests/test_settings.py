@@ -1,18 +1,27 @@
 """The settings of a linear layer: those of its constructor, of `adopt_`, and its short names."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from miss import MiSSeLinear, MissError, MiSSLinear, ShapeError, StateError, TargetError, eject
-from tests.strategies import FORMS
-
-forms = pytest.mark.parametrize("form", FORMS.values())
+from miss import (
+    MiSSeLinear,
+    MissError,
+    MiSSLinear,
+    ShapeError,
+    StateError,
+    TargetError,
+    eject,
+    inject,
+)
+from tests.strategies import forms
 
 
 @forms
-def test_constructor_freezes_the_base(form: type[nn.Linear]):
+def test_constructor_freezes_the_base(form: partial[nn.Linear]):
     layer = form(6, 4, 2, device="cpu", dtype=torch.float64)
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"miss_D"}
     assert list(layer.state_dict()) == ["weight", "bias", "miss_D"]
@@ -30,12 +39,12 @@ def test_adapter_dtype():
 
 
 @forms
-def test_adopt_keeps_the_object_and_its_flags(form: type[nn.Linear]):
+def test_adopt_keeps_the_object_and_its_flags(form: partial[nn.Linear]):
     linear = nn.Linear(6, 4).eval()
     linear.bias.requires_grad_(False)
     parameters = [id(p) for p in linear.parameters()]
     with torch.inference_mode():
-        assert form.adopt_(linear, 2, scale=3) is linear
+        assert form.func.adopt_(linear, 2, scale=3, **form.keywords) is linear
     assert [id(p) for p in linear.parameters()][:2] == parameters
     assert (
         linear.weight.requires_grad,
@@ -46,16 +55,16 @@ def test_adopt_keeps_the_object_and_its_flags(form: type[nn.Linear]):
     assert not linear.training
     assert (linear.rank, linear.scale) == (2, 3.0)
     with pytest.raises(StateError, match="already"):
-        form.adopt_(linear, 2)
+        form.func.adopt_(linear, 2)
     with pytest.raises(TargetError, match="NonDynamicallyQuantizableLinear"):
-        form.adopt_(nn.MultiheadAttention(4, 2).out_proj, 2)
+        form.func.adopt_(nn.MultiheadAttention(4, 2).out_proj, 2)
     with pytest.raises(TargetError, match=r"ReLU: is not a torch\.nn\.modules\.linear\.Linear"):
-        form.adopt_(nn.ReLU(), 2)
+        form.func.adopt_(nn.ReLU(), 2)
 
 
 @forms
-def test_settings_that_can_be_assigned(form: type[nn.Linear]):
-    layer, x = form(8, 4, 2, scale=3, dropout=0.5), torch.ones(64, 8)
+def test_settings_that_can_be_assigned(form: partial[nn.Linear]):
+    layer, x = form(8, 4, 2, scale=3, dropout=0.5), torch.randn(64, 8)
     nn.init.ones_(layer.miss_D)
     assert (layer.miss_scale, layer.miss_dropout, layer.miss_rank) == (3.0, 0.5, 2)
     assert not hasattr(layer, "dropout")
@@ -72,15 +81,16 @@ def test_settings_that_can_be_assigned(form: type[nn.Linear]):
         with pytest.raises(AttributeError):
             setattr(layer, name, 1)
     assert (layer.scale, layer.miss_dropout, layer.rank, layer.merged) == (-6.0, 0.0, 2, False)
+    assert layer.alternate is layer.miss_alternate is form.keywords.get("alternate", False)
 
 
 @forms
-def test_what_the_layer_itself_has_is_not_hidden_by_a_short_name(form: type[nn.Linear]):
+def test_what_the_layer_itself_has_is_not_hidden_by_a_short_name(form: partial[nn.Linear]):
     layer, x = nn.Linear(6, 4), torch.randn(3, 6)
     layer.rank, layer.merged = "mine", nn.Identity()
     layer.register_buffer("scale", torch.ones(2))
     base = layer(x)
-    form.adopt_(layer, 2)
+    form.func.adopt_(layer, 2, **form.keywords)
     assert torch.equal(layer(x), base)
     assert (layer.rank, layer.merged) == ("mine", layer._modules["merged"])
     assert torch.equal(layer.scale, torch.ones(2))
@@ -111,6 +121,20 @@ def test_wrong_scale_and_dropout(value: object):
         MiSSeLinear(6, 4, 2, scale=value)
     with pytest.raises(ShapeError, match="dropout"):
         MiSSeLinear(6, 4, 2, dropout=value)
+
+
+def test_wrong_alternate():
+    for make in (
+        lambda **options: MiSSLinear(6, 4, 2, **options),
+        lambda **options: MiSSLinear.adopt_(nn.Linear(6, 4), 2, **options),
+        lambda **options: inject(nn.Linear(6, 4), "", rank=2, method="miss", **options),
+    ):
+        make(alternate=False)
+        with pytest.raises(ShapeError, match=r"(?s)only MiSSe sums blocks.*MiSS with alternate"):
+            make(alternate=True)
+        for value in (1, "yes", None):
+            with pytest.raises(ShapeError, match=f"must be True or False\n.*alternate={value!r}"):
+                make(alternate=value)
 
 
 def test_other_wrong_arguments():

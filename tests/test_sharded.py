@@ -21,8 +21,8 @@ import miss
 from miss import StateError, TargetError, fused, inject
 from miss.interop import lora, peft
 from tests.processes import on_two_processes
+from tests.strategies import OPTIONS
 
-METHODS = "misse", "miss"
 PART = "FSDP, of which this is a part"
 FSDP1 = "FullyShardedDataParallel"
 
@@ -54,7 +54,7 @@ def base(dtype: torch.dtype = torch.float64) -> Model:
 
 def adapted(method: str, dtype: torch.dtype = torch.float64, freeze: bool = True) -> Model:
     """The base, and adapters whose D is random."""
-    model = inject(base(dtype), ["up", "down"], rank=5, method=method, scale=0.5, freeze=freeze)
+    model = inject(base(dtype), ["up", "down"], rank=5, **OPTIONS[method], scale=0.5, freeze=freeze)
     for d in miss.adapter_parameters(model):
         nn.init.normal_(d, std=0.2)
     return model
@@ -261,7 +261,7 @@ def check_guard(guard: Guard, sharding: Sharding) -> None:
 def check_guards(rank: int, folder: str) -> None:
     for shardings in (fully_shardings(), fsdp1_shardings(), plans()):
         for name, sharding in shardings.items():
-            for method in METHODS:
+            for method in OPTIONS:
                 case = f"{sharding.names[0]}, {name}, {method}"
                 own = f"{folder}/{case}, {rank}"
                 os.makedirs(own)
@@ -281,7 +281,7 @@ def compare_training(rank: int) -> None:
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         tolerance = 12 * torch.finfo(dtype).eps  # the longest sum is of 12 terms
         for sharding in (shardings["root"], shardings["layer by layer"]):
-            for method in METHODS:
+            for method in OPTIONS:
                 for fast in (True, False):
                     taken = []
 
@@ -370,7 +370,7 @@ def check_injection(rank: int, folder: str) -> None:
 
 def check_ddp(rank: int, folder: str) -> None:
     path, close = f"{folder}/{rank}", {"rtol": 1e-12, "atol": 1e-12}
-    for method in METHODS:
+    for method in OPTIONS:
         plain, x = adapted(method), torch.randn(4, 8, dtype=torch.float64)
         model = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
         names = list(miss.adapted_modules(plain))

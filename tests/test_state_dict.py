@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pathlib
 import warnings
 from collections import OrderedDict
@@ -29,9 +30,8 @@ from miss import (
     unmerge,
 )
 from tests.models import TOKENS, Decoder, adapted_decoder, perturb, snapshot
-from tests.strategies import FORMS
+from tests.strategies import OPTIONS, methods
 
-methods = pytest.mark.parametrize("method", sorted(FORMS))
 FULL = StateDictOptions(full_state_dict=True)
 NOT_STRICT = StateDictOptions(full_state_dict=True, strict=False)
 MERGED = r"(?s)the incoming weight is a merged one.*adapter_state_dict.*unmerge before state_dict"
@@ -96,7 +96,8 @@ def test_metadata_says_form_sign_and_whether_it_is_merged(method: str):
         own = model.state_dict()
         for state in (own, copy.deepcopy(own), through_file(own)):
             about = state._metadata["layers.0.mlp.0"]["miss"]
-            assert about == {"form": method, "alternate": False, "merged": merged}
+            name, alternate = OPTIONS[method]["method"], method == "alternating"
+            assert about == {"form": name, "alternate": alternate, "merged": merged}
             assert "miss" not in state._metadata["layers.0"]
     assert adapter_state_dict(model)._metadata["layers.0.mlp.0"]["miss"]["merged"] is False
 
@@ -115,7 +116,7 @@ def test_an_unmerged_state_goes_back_silently(
         state = through_file(state)
     elif how == "safetensors":
         state = through_safetensors(state, tmp_path)
-    fresh = inject(Decoder(), "all-linear", rank=2, method=method)
+    fresh = inject(Decoder(), "all-linear", rank=2, **OPTIONS[method])
     for other in (model, fresh, copy.deepcopy(fresh)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -169,7 +170,7 @@ def sub_state(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def test_a_merged_weight_is_known_by_its_values_in_every_dtype(method: str, dtype: torch.dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 36)).to(dtype)
-    perturb(inject(model, "0", rank=5, method=method, scale=-0.5))
+    perturb(inject(model, "0", rank=5, **OPTIONS[method], scale=-0.5))
     merge(model)
     state = {"0.weight": model[0].weight.detach().clone()}
     unmerge(model)
@@ -181,34 +182,36 @@ def test_a_merged_weight_is_known_by_its_values_in_every_dtype(method: str, dtyp
 def test_a_marked_state_is_refused_by_a_fresh_adapter(method: str):
     model = adapted_decoder(method)
     merge(model)
-    fresh = inject(Decoder(), "q_proj", rank=2, method=method)
+    fresh = inject(Decoder(), "q_proj", rank=2, **OPTIONS[method])
     with pytest.raises(StateError, match=MERGED):
         fresh.load_state_dict(model.state_dict(), strict=False)
     rest = {key: tensor for key, tensor in model.state_dict().items() if "q_proj" not in key}
     fresh.load_state_dict(rest, strict=False)  # nothing of an adapted layer is in it
 
 
-def test_another_form_is_refused():
+@pytest.mark.parametrize(("own", "other"), list(itertools.permutations(OPTIONS, 2)))
+def test_another_form_or_sign_is_refused(own: str, other: str):
     def square(method: str) -> nn.Module:
-        return inject(nn.Sequential(nn.Linear(4, 4)), "0", rank=4, method=method)
+        return inject(nn.Sequential(nn.Linear(4, 4)), "0", rank=4, **OPTIONS[method])
 
-    misse, miss = perturbed(square("misse")), square("miss")
-    with pytest.raises(StateError, match=r"(?s)0: D comes from another form or sign.*'misse'"):
-        miss.load_state_dict(misse.state_dict())
-    with pytest.raises(CheckpointError, match=r"(?s)D comes from another form or sign.*'misse'"):
-        load_adapter_state_dict(miss, adapter_state_dict(misse))
+    one, two = perturbed(square(own)), square(other)
+    before = snapshot(two)
+    with pytest.raises(StateError, match="0: D comes from another form or sign"):
+        two.load_state_dict(one.state_dict())
+    settings = {"alternate": False} | OPTIONS[own]
+    do = f"inject with method={settings['method']!r}, alternate={settings['alternate']}"
+    with pytest.raises(CheckpointError, match=f"(?s)D comes from another form or sign.*{do}"):
+        load_adapter_state_dict(two, adapter_state_dict(one))
+    assert snapshot(two) == before
     with pytest.raises(CheckpointError, match=r"0\.miss_D is of another form than in adapter 0"):
-        combine([(adapter_state_dict(misse), 1.0), (adapter_state_dict(miss), 1.0)])
-    for state in (
-        dict(adapter_state_dict(misse)),
-        combine([(dict(adapter_state_dict(misse)), 1.0)]),
-    ):
-        load_adapter_state_dict(miss, state)  # what is absent is unknown
-    total = combine([(adapter_state_dict(misse), 0.5), (dict(adapter_state_dict(misse)), 0.5)])
-    assert total._metadata["0"]["miss"]["form"] == "misse"
+        combine([(adapter_state_dict(one), 1.0), (adapter_state_dict(two), 1.0)])
+    for state in (dict(adapter_state_dict(one)), combine([(dict(adapter_state_dict(one)), 1.0)])):
+        load_adapter_state_dict(two, state)  # what is absent is unknown
+    total = combine([(adapter_state_dict(one), 0.5), (dict(adapter_state_dict(one)), 0.5)])
+    assert total._metadata == adapter_state_dict(one)._metadata
     weight_alone = OrderedDict({"0.weight": torch.zeros(4, 4)})
-    weight_alone._metadata = misse.state_dict()._metadata
-    square("miss").load_state_dict(weight_alone, strict=False)
+    weight_alone._metadata = one.state_dict()._metadata
+    square(other).load_state_dict(weight_alone, strict=False)
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -269,7 +272,7 @@ def test_a_moving_average_is_an_average_of_base_and_adapter():
 def test_distributed_state_dicts_go_round_unmerged(method: str, options: StateDictOptions | None):
     model = adapted_decoder(method)
     state = {key: t.clone() for key, t in get_model_state_dict(model, options=options).items()}
-    fresh = inject(Decoder(), "all-linear", rank=2, method=method)
+    fresh = inject(Decoder(), "all-linear", rank=2, **OPTIONS[method])
     for other in (fresh, model):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

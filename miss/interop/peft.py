@@ -62,7 +62,9 @@ def save(
         for name, place in found.items():
             if place.config.form.peft is None:
                 with at(name):
-                    rule = f"is a {type(place.layer).__name__}, a form that PEFT does not have"
+                    signs = " with alternating signs" if place.config.form.alternate else ""
+                    kind = f"{type(place.layer).__name__}{signs}"
+                    rule = f"is a {kind}, a form that PEFT does not have"
                     raise StateError(rule, do="miss.interop.lora.save(model, directory)")
         forms = {place.config.form.peft for place in found.values()}
         mini = forms != {MiSSe.peft}

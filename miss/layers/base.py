@@ -100,8 +100,8 @@ class AdaptedLayer(_Mixin):
 
     @property
     def miss_alternate(self) -> bool:
-        """Whether the blocks of the input alternate in sign."""
-        return self.miss_form.alternate
+        """Whether the signs of the blocks of the input alternate."""
+        return any(config.form.alternate for config in self._miss_configs.values())
 
     @property
     def miss_merged(self) -> bool:
@@ -197,6 +197,7 @@ class AdaptedLayer(_Mixin):
         for parameter, config in self._miss_configs.items():
             texts += [f"{parameter}:"] if len(self._miss_configs) > 1 else []
             texts.append(f"rank={config.rank}, scale={config.scale}, dropout={config.dropout}")
+            texts += ["alternate=True"] if config.form.alternate else []
         return ", ".join(text for text in texts if text)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +234,7 @@ class AdaptedLayer(_Mixin):
             for parameter in self._miss_configs:
                 destination.pop(prefix + d_name(parameter), None)
         if hasattr(destination, "_metadata"):
-            about = loading.metadata(self.miss_form, self.miss_merged)
+            about = loading.metadata(self, self.miss_merged)
             destination._metadata.setdefault(prefix[:-1], {})[loading.KEY] = about
 
     def _miss_zero(self) -> None:

@@ -1,6 +1,7 @@
 """`nn.Linear`: its host, and the two public classes, `MiSSeLinear` and `MiSSLinear`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,15 +10,20 @@ from torch import Tensor, nn
 
 from miss import fused
 from miss.errors import at
-from miss.forms import LayerConfig, MiSS, MiSSe, MiSSeMini, check_adapter_dtype
+from miss.forms import LayerConfig, MiSS, MiSSe, check_adapter_dtype, variant
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 from miss.layers.swap import attach, new_d
 
 __all__ = ["LinearHost", "MiSSLinear", "MiSSeLinear"]
 
-# The fast path of each form.
-FAST = {MiSSe: fused.misse_linear, MiSSeMini: fused.misse_linear, MiSS: fused.miss_linear}
+# The fast path of each form, by name and sign. The keys are no classes: a compiled graph has no
+# guard on the class of a `LayerConfig` that it has already met as a key of a global dict.
+FAST: dict[tuple[str, bool], Callable[..., Tensor]] = {
+    ("misse", False): fused.misse_linear,
+    ("misse", True): partial(fused.misse_linear, alternate=True),
+    ("miss", False): fused.miss_linear,
+}
 
 
 class LinearHost(Host):
@@ -35,14 +41,14 @@ class LinearHost(Host):
             rows = [layer.forward(row) for row in x.unbind()]
             return torch.nested.as_nested_tensor(rows, layout=x.layout)
         config: LayerConfig = layer._miss_configs["weight"]
-        if config.form not in FAST or (layer.training and config.dropout):
+        if layer.training and config.dropout:
             return None
         weight, bias, d = layer.weight, layer.bias, layer.miss_D
         if weight.shape != config.shape or d.shape != config.d_shape:
             return None
         if not fused.fits(x, weight, bias, d):
             return None
-        fast = FAST[config.form]
+        fast = FAST[config.form.name, config.form.alternate]
         return fast(x, weight, bias, config.form.whole(d, config), config.scale)
 
     @staticmethod
@@ -67,6 +73,7 @@ class _AdaptedLinear(TorchLayer, nn.Linear):
         *,
         scale: float = 1.0,
         dropout: float = 0.0,
+        alternate: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
@@ -74,7 +81,8 @@ class _AdaptedLinear(TorchLayer, nn.Linear):
         shape = out_features, in_features
         with at(type(self).__name__):
             check_adapter_dtype(adapter_dtype)
-            config = LayerConfig(self.miss_form, rank, shape, scale=scale, dropout=dropout)
+            form = variant(self.miss_form, alternate=alternate)
+            config = LayerConfig(form, rank, shape, scale=scale, dropout=dropout)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
         attach(self, "weight", config, new_d(self, "weight", config, adapter_dtype))
@@ -97,6 +105,9 @@ class MiSSeLinear(_AdaptedLinear):
         scale: factor of the delta; finite.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter (not of the base) in
             training mode.
+        alternate: block ``c // rank`` of the inputs enters the sums ``S``, and column ``c`` the
+            delta, with the sign ``(-1)^(c // rank)``. What all inputs have in common then cancels
+            in each pair of blocks.
         adapter_dtype: dtype of ``miss_D``; by default the weight's, or float32 if that is half
             precision.
 
@@ -112,7 +123,8 @@ class MiSSeLinear(_AdaptedLinear):
             ``miss_D[o mod rows]``.
 
     Raises:
-        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
+        ShapeError: ``rank``, ``scale``, ``dropout``, ``alternate`` or ``adapter_dtype`` is outside
+            its rule.
 
     >>> import torch
     >>> layer = MiSSeLinear(10, 3, rank=4)
@@ -138,6 +150,7 @@ class MiSSLinear(_AdaptedLinear):
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         rank: the number of shards, from 1 to ``out_features``.
         scale, dropout, adapter_dtype: as in `MiSSeLinear`.
+        alternate: False; this form has no blocks of the input.
 
     Shape:
         - Input: ``(..., in_features)``
@@ -149,7 +162,8 @@ class MiSSLinear(_AdaptedLinear):
         miss_D: ``(rank, in_features)``, zero at first; trainable.
 
     Raises:
-        ShapeError: ``rank``, ``scale``, ``dropout`` or ``adapter_dtype`` is outside its rule.
+        ShapeError: ``rank``, ``scale``, ``dropout``, ``alternate`` or ``adapter_dtype`` is outside
+            its rule.
 
     >>> import torch
     >>> layer = MiSSLinear(10, 3, rank=2)

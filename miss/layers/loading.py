@@ -70,9 +70,9 @@ def settle(layer: Any) -> None:
         del layer.__dict__[UNSET]
 
 
-def metadata(form: type[Form], merged: bool) -> dict[str, Any]:
-    """What the ``_metadata`` of a state says under ``"miss"``."""
-    return {"form": form.name, "alternate": form.alternate, "merged": merged}
+def metadata(layer: Any, merged: bool) -> dict[str, Any]:
+    """What the ``_metadata`` of a state says of an adapted layer under ``"miss"``."""
+    return {"form": layer.miss_form.name, "alternate": layer.miss_alternate, "merged": merged}
 
 
 def about_of(state: Mapping[str, Tensor], key: str) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class TorchLayer(AdaptedLayer):
         *,
         scale: float = 1.0,
         dropout: float = 0.0,
+        alternate: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """Turn ``layer`` itself into this class, with a zero D.
@@ -112,6 +113,7 @@ class TorchLayer(AdaptedLayer):
                     rank,
                     scale=scale,
                     dropout=dropout,
+                    alternate=alternate,
                     adapter_dtype=adapter_dtype,
                 )
                 plan.append(adapter)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from miss.forms import LayerConfig
+from miss.forms import LayerConfig, variant
 from miss.layers.base import AdaptedLayer
 from miss.layers.forwards import change_class_, offloaded_error, offloads
 from miss.layers.host import Depth, base_name, d_name
@@ -43,6 +43,7 @@ def new_adapter(
     *,
     scale: float = 1.0,
     dropout: float = 0.0,
+    alternate: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> Adapter:
     """The adapter of a Parameter, with a zero D; ``layer`` is not changed.
@@ -55,7 +56,8 @@ def new_adapter(
         raise offloaded_error("D would not be trained")
     host: Any = cls.miss_host
     axes, shape = host.axes[parameter], host.sizes(layer, parameter)
-    config = LayerConfig(cls.miss_form, rank, shape, axes, scale=scale, dropout=dropout)
+    form = variant(cls.miss_form, alternate=alternate)
+    config = LayerConfig(form, rank, shape, axes, scale=scale, dropout=dropout)
     return Adapter(layer, parameter, cls, config, new_d(layer, parameter, config, adapter_dtype))
 
 
