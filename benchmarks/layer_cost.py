@@ -1,10 +1,10 @@
 """What one adapted linear layer costs beside its base, and beside those of PEFT and loralib.
 
 A step is forward and backward with the gradient of the input. The base is a frozen `nn.Linear`. All
-competitors share one base weight. But for the output-sharded MiSS they compute one function, which
-is asserted before anything is timed: a LoRA whose A is the fixed 0/1 matrix of MiSSe has the same
-output, and the same cost as any other. Times are interleaved in one process. Bytes are counted, not
-sampled.
+competitors share one base weight. Except for the output-sharded MiSS and for MiSSe with alternating
+signs they compute one function, which is asserted before anything is timed: a LoRA whose A is the
+fixed 0/1 matrix of MiSSe has the same output, and the same cost as any other. Times are interleaved
+in one process. Bytes are counted, not sampled.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from miss.forms import MiSSe
 
 RANK = 64
 BASE, OURS, FORM, PEER, LORA = "base", "miss MiSSe", "miss MiSS", "PEFT MiSS", "PEFT LoRA"
-LORALIB = "loralib LoRA"
+LORALIB, SIGNS = "loralib LoRA", "miss MiSSe, alternating"
 EXTRAS = {'pip install "miss-torch[benchmark]"': ("loralib", "peft")}
 
 
@@ -75,8 +75,10 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
         return peft.get_peft_model(Holder(twin()), config).base_model.model.layer
 
     misse, miss = MiSSeLinear.adopt_(twin(), RANK), MiSSLinear.adopt_(twin(), RANK)
+    signs = MiSSeLinear.adopt_(twin(), RANK, alternate=True)
     d = nn.init.normal_(misse.miss_D, std=0.01).detach()
-    nn.init.normal_(miss.miss_D, std=0.01)
+    for other in (miss, signs):
+        nn.init.normal_(other.miss_D, std=0.01)
     a, b = MiSSe.factors(d, shape.in_features)
 
     peft_miss = wrapped(peft.MissConfig(r=RANK, target_modules=["layer"]))
@@ -90,7 +92,7 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
     loralib_lora.weight, loralib_lora.bias = base.weight, base.bias
     loralib_lora.lora_A.data = a.to(shape.dtype)  # it does not mix dtypes
     loralib_lora.lora_B.data = b.to(shape.dtype)
-    layers = {BASE: base, OURS: misse, FORM: miss}
+    layers = {BASE: base, OURS: misse, SIGNS: signs, FORM: miss}
     layers |= {PEER: peft_miss, LORA: peft_lora, LORALIB: loralib_lora}
     check(layers, shape)
     return layers
@@ -107,7 +109,8 @@ def check(layers: dict[str, nn.Module], shape: Shape) -> None:
     for name, layer in layers.items():
         if name == BASE:
             continue
-        delta = layers[FORM if name == FORM else OURS].delta_weight().detach().double()
+        own = name if name in (FORM, SIGNS) else OURS
+        delta = layers[own].delta_weight().detach().double()
         exact = F.linear(x.double(), weight + delta, bias)
         size = F.linear(x.double().abs(), weight.abs() + delta.abs(), bias.abs())
         equal = (layer(x).double() - exact).abs() <= rounding * size

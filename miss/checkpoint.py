@@ -39,13 +39,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None"
         extra: what is written besides adapters. None is all that training changes: the Parameters
             that require grad, with the buffers of their modules; the running statistics of batch
             norm; and the weight and bias of an adapted layer that is part of a task head, or that
-            ``from_pretrained`` made anew. ``()`` is nothing. Else modules and Parameters, as in
-            ``trainable`` of `inject`; a module stands for all that it contains, buffers included.
+            ``from_pretrained`` made anew. ``()`` is nothing. Or modules and Parameters, as in
+            ``trainable`` of `inject`. A module stands for all that it contains, buffers included.
 
     Raises:
         StateError: the model has no adapter, or something shards it.
         TargetError: an ``extra`` matches nothing.
-        CheckpointError: the suffix is another one; a tensor is not finite, has no elements, or is
+        CheckpointError: the suffix is not supported; a tensor is not finite, has no elements, or is
             not dense; a module to write holds state that is no parameter or buffer; the file cannot
             be written. What was at ``path`` is still there then.
         ImportError: ``path`` ends in ``.safetensors`` and that package is absent.
@@ -75,7 +75,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None"
                 with at(named(place.name)):
                     rule, expected = "not the settings of an adapter", "a real floating dtype"
                     raise CheckpointError(rule, expected=expected, actual=place.d.dtype)
-        files.check_tensors(tensors | others)
+        buffers = {key for key, t in others.items() if not isinstance(t, nn.Parameter)}
+        files.check_tensors(tensors | others, buffers)
         try:
             version = importlib.metadata.version("miss-torch")
         except importlib.metadata.PackageNotFoundError:  # imported from a folder
@@ -92,9 +93,10 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
     """Read a file that `save` wrote into a model, in place: all of it or, on an error, nothing.
 
     No code in the file is run. A model without adapters is injected as the file says, and frozen as
-    by `inject`. A model with adapters must have the same layers, methods, ranks, scales and shapes
-    as the file. It keeps its own dropout. What was trained besides adapters requires grad again,
-    and so do task heads. Tensors of the file are cast to the model's dtypes if no value is rounded.
+    by `inject`. A model with adapters must have the same layers, methods, signs, ranks, scales and
+    shapes as the file. It keeps its own dropout. What was trained besides adapters requires grad
+    again, and so do task heads. Tensors of the file are cast to the model's dtypes if no value is
+    rounded.
 
     Args:
         model: a base model, or an adapted one.
@@ -106,7 +108,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
 
     Raises:
         CheckpointError: the file is missing, damaged, of a newer format, or does not fit the model;
-            the weights of adapted layers are not those that the adapters were trained on, to the
+            the weights of adapted layers are not those that the adapters were trained on, in the
             coarser of both dtypes. The message says why.
         StateError: the model is merged, sharded, or wrapped by DistributedDataParallel, or a tensor
             of it cannot be written.
@@ -124,9 +126,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         if os.path.isfile(os.path.join(where, "adapter_config.json")):
             do = "miss.interop.peft.load(model, directory)"
             raise CheckpointError("is a directory that PEFT wrote", do=do)
-        if not os.path.exists(where):
-            do = "give a local path; nothing is downloaded"
-            raise CheckpointError("there is no such file", do=do)
+        files.check_exists(where)
         files.check_path(where)
         tensors, about, intact = files.read(where)
         records, extra, trained = parse(about)
@@ -135,7 +135,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         expected = set(records) | extra
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         check_keys(missing, unexpected, "the file's own list")
-        files.check_tensors(tensors)
+        files.check_tensors(tensors, extra - trained)
         for key, record in records.items():
             d, shape = tensors[key], record.config.d_shape
             if d.shape != shape or d.dtype not in ADAPTER_DTYPES:
@@ -154,7 +154,7 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
         if others:
             text = f"{where}: its base, which it does not hold, had other values of {some(others)}"
             warnings.warn(text, UserWarning, stacklevel=2)
-        write_(tree, fitted, trained)
+        write_(tree, fitted, extra, trained)
     return model
 
 

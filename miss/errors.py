@@ -7,7 +7,7 @@ like keep working.
 from collections.abc import Sequence
 
 __all__ = ["CheckpointError", "MissError", "ShapeError", "StateError", "TargetError"]
-__all__ += ["at", "brief", "merged_error", "named", "no_adapter_error", "some"]
+__all__ += ["at", "brief", "merged_error", "named", "no_adapter_error", "replaced_error", "some"]
 
 
 class MissError(Exception):
@@ -95,6 +95,12 @@ def some(names: Sequence[str]) -> str:
 def merged_error(why: str) -> StateError:
     """The error of a call that a merged layer refuses; ``why`` says what would go wrong."""
     return StateError(f"is merged: {why}", do="miss.unmerge(model) first")
+
+
+def replaced_error(parameter: str) -> StateError:
+    """The error of an adapted layer whose D, the Parameter of this name, has been replaced."""
+    rule = f"its {parameter} is no parameter of its own any more (pruned, parametrized?)"
+    return StateError(rule, do="remove what replaced it")
 
 
 def no_adapter_error() -> StateError:

@@ -5,12 +5,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from miss.errors import CheckpointError, at, named
-from miss.heads import head_of, made_anew
-from miss.layers import AdaptedLayer
-from miss.layers.host import d_name
+from miss.heads import head_of
+from miss.layers import AdaptedLayer, base_parameters, d_names
 from miss.matching import Targets
 from miss.state import named_tensors
 from miss.targets import chosen
+from miss.tensors import is_lazy
+from miss.trained import KEPT
 from miss.tree import Tree, joined
 
 __all__ = ["RUNNING", "extra_tensors", "trained_names"]
@@ -19,14 +20,16 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # the statisti
 
 
 def extra_tensors(tree: Tree, extra: "Targets | None") -> dict[str, Tensor]:
-    """The tensors that a file holds besides adapters, by full name; a merged layer's base.
+    """The tensors that a file holds besides adapters, by full name; of a merged layer, the base.
 
     Args:
         tree: an adapted model.
         extra: modules, with all Parameters and persistent buffers inside, and Parameters. None is
-            all that training changes besides D: Parameters that require grad, the buffers of their
-            modules, and running statistics; and the Parameters of an adapted layer that a base made
-            afresh has not: those of a head, and those that ``from_pretrained`` made anew.
+            all that training changes besides D: Parameters that require grad, or that `inject` or
+            `load` switched on; the buffers of their modules, and of modules in which every
+            Parameter is such a one; and running statistics. None is also what a base made afresh
+            lacks: the Parameters of an adapted layer that are part of a head, or that
+            ``from_pretrained`` made anew.
 
     Raises:
         TargetError: an ``extra`` matches nothing.
@@ -57,34 +60,52 @@ def trained_names(tree: Tree, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _changed(tree: Tree) -> dict[str, Tensor]:
-    afresh = set(map(id, (head_of(tree) | made_anew(tree)).values()))
+    """What `extra_tensors` gives for None."""
+    head = set(map(id, head_of(tree).values()))
+    whole = tree.inside(_wholly_trained(tree))
     found: dict[str, Tensor] = {}
     for name, module in tree.of_type(nn.Module).items():
-        adapted = isinstance(module, AdaptedLayer)
-        configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
-        ds = set(map(d_name, configs))
-        wanted = set()
-        trained = False
-        for key, parameter in module._parameters.items():
-            if parameter is not None and key not in ds:
-                trained |= parameter.requires_grad
-                if parameter.requires_grad or (adapted and id(parameter) in afresh):
-                    wanted.add(key)
-        wanted |= set(module._buffers if trained else RUNNING) & set(module._buffers)
-        if wanted:
-            tensors = named_tensors(name, module)
-            if trained:
-                _check_state(name, module, tensors)
-            full = {joined(name, key) for key in wanted}
-            found |= {key: tensor for key, tensor in tensors.items() if key in full}
+        own = base_parameters(module)
+        wanted = {key for key, p in own.items() if _is_trained(module, key, p)}
+        buffers = set(RUNNING)
+        tensors = named_tensors(name, module)
+        if wanted or id(module) in whole:
+            buffers.update(module._buffers)
+            _check_state(name, module, tensors)
+        if isinstance(module, AdaptedLayer):
+            wanted |= {key for key, p in own.items() if id(p) in head}
+        names = {joined(name, key) for key in wanted | buffers.intersection(module._buffers)}
+        for key, tensor in tensors.items():
+            if key in names and (is_lazy(tensor) or tensor.numel()):
+                found[key] = tensor
     return found
+
+
+def _wholly_trained(tree: Tree) -> list[nn.Module]:
+    """The modules that hold Parameters, of which each is trained."""
+    trained: dict[int, bool] = {}
+    for _, module, parent in reversed(tree.entries):
+        flags = [_is_trained(module, key, p) for key, p in base_parameters(module).items()]
+        if id(module) in trained:
+            flags.append(trained[id(module)])
+        if flags:
+            trained[id(module)] = all(flags)
+            if parent >= 0:
+                above = id(tree.entries[parent].module)
+                trained[above] = trained.get(above, True) and all(flags)
+    return [module for module in tree.unique if trained.get(id(module), False)]
+
+
+def _is_trained(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """Whether a Parameter requires grad, or is to be saved as if it did."""
+    return parameter.requires_grad or key in module.__dict__.get(KEPT, ())
 
 
 def _check_state(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Raise a `CheckpointError` if a module has state besides Parameters and buffers."""
     state: dict[str, Any] = {}
     module._save_to_state_dict(state, joined(name, ""), False)
-    ds = {joined(name, d_name(parameter)) for parameter in getattr(module, "miss_configs", ())}
+    ds = {joined(name, key) for key in d_names(module)}
     if foreign := sorted(set(state) - set(tensors) - ds):
         with at(named(name)):
             rule = f"holds state that is no Parameter or buffer: {foreign[0]}"

@@ -11,17 +11,17 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from miss.errors import CheckpointError, brief
-from miss.tensors import contiguous, is_data
+from miss.tensors import contiguous, is_data, is_lazy
 
-__all__ = ["FORMAT", "Content", "as_path", "check_path", "check_tensors", "read", "read_tensors"]
-__all__ += ["safetensors", "safetensors_bytes", "write", "write_bytes"]
+__all__ = ["FORMAT", "Content", "as_path", "check_exists", "check_path", "check_tensors", "read"]
+__all__ += ["read_tensors", "safetensors", "safetensors_bytes", "write", "write_bytes"]
 
 FORMAT = 2  # of the description; a reader refuses a higher one
 KEY = "miss"  # of the description: in .safetensors metadata, or at the top level of a .pt file
@@ -60,11 +60,23 @@ def check_path(path: str) -> None:
         raise CheckpointError("unsupported file suffix", expected=expected, do=do)
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a `CheckpointError` if a tensor is not dense, has no elements or is not finite."""
+def check_exists(path: str) -> None:
+    """Raise a `CheckpointError` unless there is a file or a directory at ``path``."""
+    if not os.path.exists(path):
+        do = "give a local path; nothing is downloaded"
+        raise CheckpointError("there is no such file", do=do)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], buffers: Container[str] = ()) -> None:
+    """Raise a `CheckpointError` if a tensor is not dense, has no elements or is not finite.
+
+    Those in ``buffers``, such as a mask, may be infinite, and only must not hold NaN.
+    """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name} is not a tensor", actual=type(tensor).__name__)
+        if is_lazy(tensor):
+            raise CheckpointError(f"{name} has no shape yet", do="run the model once, then save")
         if not is_data(tensor):
             kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
             raise CheckpointError(f"{name} is not an ordinary tensor with data", actual=kind)
@@ -72,7 +84,8 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name} has no elements", actual=f"shape {tuple(tensor.shape)}")
         values = tensor.detach()
         try:  # 8-bit floats have no isfinite
-            finite = torch.isfinite(values.float() if tensor.itemsize == 1 else values).all()
+            values = values.float() if tensor.itemsize == 1 else values
+            finite = ~values.isnan().any() if name in buffers else values.isfinite().all()
         except (RuntimeError, NotImplementedError) as error:
             rule = f"{name} has a dtype that cannot be checked"
             raise CheckpointError(rule, actual=tensor.dtype) from error
@@ -185,10 +198,7 @@ def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
     reader = _read_safetensors if path.endswith(".safetensors") else _read_pt
     if reader is _read_safetensors:
         safetensors()  # outside of `try`: that it is absent says nothing about the file
-    if not os.path.exists(path):
-        raise CheckpointError(
-            "there is no such file", do="give a local path; nothing is downloaded"
-        )
+    check_exists(path)
     do = "save or copy it again, if it was cut off"
     try:
         return reader(path)
@@ -197,8 +207,9 @@ def read_tensors(path: str) -> tuple[Any, dict[str, Tensor]]:
         do = "give a file that miss.save wrote; torch.load reads pickled models"
         raise CheckpointError(rule, do=do) from error
     except Exception as error:  # a damaged file raises errors of many kinds
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        why = why.split(". ")[0] if os.path.getsize(path) else "it is empty"
+        why = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        if not os.path.getsize(path):
+            why = "it is empty"
         raise CheckpointError(f"cannot be read: {why}", do=do) from error
 
 

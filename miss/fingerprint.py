@@ -10,11 +10,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miss.errors import CheckpointError
-from miss.layers import AdaptedLayer
-from miss.layers.host import base_name, d_name
+from miss.state import base_tensors
 from miss.tensors import SAMPLES, is_data, positions
 from miss.tree import Tree, joined
 
@@ -24,9 +23,9 @@ KEY = ".base"  # of the values in a file; no tensor of a model can have this nam
 
 _BYTES = 256  # at most, of the values of one Parameter
 _SIGNIFICAND = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}  # bits
-_NAMES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz"]
-_NAMES += ["float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
-_DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in _NAMES if hasattr(torch, n)}
+_KINDS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz"]
+_KINDS += ["float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]  # the last one since torch 2.7
+_DTYPES: dict[str, torch.dtype] = {k: getattr(torch, k) for k in _KINDS if hasattr(torch, k)}
 _NAME_OF = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -41,20 +40,25 @@ def taken(tree: Tree, held: Container[str]) -> tuple[dict[str, Any], Tensor | No
         held: the keys that the file holds itself. A Parameter with a name among them is left out.
 
     Returns:
-        The description, which JSON can hold: by name, dtype and shape, ``["float32", 8, 4]``. And
-        the bytes of all values in the order of the description, uint8, on the CPU, ``(bytes)``;
-        None if no Parameter is taken.
+        The description, which JSON can hold: by name, dtype and shape, ``["float32", 8, 4]``, or
+        the first name of the same Parameter. And the bytes of all values in the order of the
+        description, uint8, on the CPU, ``(bytes)``; None if no Parameter is taken.
     """
     weights = _weights(tree)
     names: dict[Any, list[str]] = {}  # of each Parameter, the first one first
     for name, tensor in weights.items():
         if is_data(tensor) and tensor.dtype in _NAME_OF and tensor.dim() >= 2 and tensor.numel():
             names.setdefault(_memory(tensor), []).append(name)
-    description, wanted = {}, []
+    firsts: set[str] = set()  # without the other names of shared modules
+    for name, module in tree.of_type(nn.Module).items():
+        firsts |= {joined(name, key) for key in module._parameters}
+    description: dict[str, Any] = {}
+    wanted = []
     for own in names.values():
         if not any(name in held for name in own):
             tensor = weights[own[0]]
             description[own[0]] = [_NAME_OF[tensor.dtype], *tensor.shape]
+            description |= dict.fromkeys((name for name in own[1:] if name in firsts), own[0])
             wanted.append((tensor, _samples(tensor.dtype)))
     return description, torch.cat(_gathered(wanted)) if wanted else None
 
@@ -69,16 +73,15 @@ def check(description: Any, values: Tensor | None) -> None:
     if not isinstance(description, dict):
         rule, actual = "its fingerprint of the base is not an object", type(description).__name__
         raise CheckpointError(rule, actual=actual)
+    entries = {name: entry for name, entry in description.items() if not isinstance(entry, str)}
     for name, entry in description.items():
-        known = isinstance(entry, list) and isinstance(name, str) and len(entry) >= 3
-        if not known or not isinstance(entry[0], str) or not all(map(_is_size, entry[1:])):
-            rule = f"its fingerprint of {name!r:.200} is not a dtype and two or more sizes"
-            raise CheckpointError(rule, expected="like ['float32', 8, 4]", actual=f"{entry!r:.80}")
-        if entry[0] not in _DTYPES:
-            rule = f"its fingerprint of {name!r:.200} has a dtype that is unknown here"
-            expected, actual = f"one of {', '.join(_DTYPES)}", f"{entry[0]!r:.80}"
-            raise CheckpointError(rule, expected=expected, actual=actual)
-    expected_bytes = sum(map(_size, description.values()))
+        if isinstance(entry, str):
+            if entry not in entries:
+                rule = f"its fingerprint of {name!r:.200} is that of a name that it does not list"
+                raise CheckpointError(rule, actual=f"{entry!r:.80}")
+        else:
+            _check_entry(name, entry)
+    expected_bytes = sum(map(_size, entries.values()))
     if values is None:
         if description:
             rule = f"its fingerprint of the base has no tensor {KEY!r}"
@@ -95,12 +98,13 @@ def check(description: Any, values: Tensor | None) -> None:
 
 
 def differing(tree: Tree, description: dict[str, Any], values: Tensor | None) -> list[str]:
-    """The names, in the file's order, of the Parameters that a model does not have as in a file.
+    """The names, in the file's order, of the Parameters that a model does not have as a file does.
 
-    It lacks the name or the shape, or the values differ. Values of one dtype are equal bit for bit,
-    and NaN equals NaN. Values of two dtypes are equal if they are so after a cast to the one with
-    fewer significand bits. fp16 equals bf16 if both can come from one number. fp8 equals only the
-    same fp8. Parameters of the model that are on meta, quantised or DTensors are not compared.
+    It lacks the name, or has another shape or other values. Values of one dtype are equal bit for
+    bit, and NaN equals NaN. Values of two dtypes are equal if they are equal after a cast to the
+    one with fewer significand bits. fp16 equals bf16 if both can come from one number. fp8 equals
+    only the same fp8. Parameters of the model that are on meta, quantised or DTensors are not
+    compared.
 
     Args:
         tree: a model, adapted or not. While a layer is merged, the kept base is compared.
@@ -108,45 +112,71 @@ def differing(tree: Tree, description: dict[str, Any], values: Tensor | None) ->
     """
     if values is None:
         return []
-    weights, apart = _weights(tree), set()
-    compared, wanted = [], []
-    pieces = torch.split_with_sizes(values, [_size(entry) for entry in description.values()])
-    for (name, (kind, *shape)), piece in zip(description.items(), pieces):
-        own, dtype = weights.get(name), _DTYPES[kind]
+    weights = _weights(tree)
+    entries = {name: entry for name, entry in description.items() if not isinstance(entry, str)}
+    sizes = [_size(entry) for entry in entries.values()]
+    pieces = dict(zip(entries, torch.split_with_sizes(values, sizes)))
+    apart: set[str] = set()
+    compared: dict[str, tuple[Tensor, torch.dtype, Tensor]] = {}
+    for name, entry in description.items():
+        first = entry if isinstance(entry, str) else name
+        kind, *shape = entries[first]
+        own = weights.get(name)
+        if first != name and own is weights.get(first):
+            continue  # tied here too
         if own is None:
             apart.add(name)
-        elif is_data(own) and own.dtype in _NAME_OF:  # integers are quantised values
-            if list(own.shape) != shape:
-                apart.add(name)
-            else:
-                compared.append((name, own.dtype, dtype, piece))
-                wanted.append((own, _samples(dtype)))
-    groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
-    for (name, *dtypes, piece), ours in zip(compared, _gathered(wanted)):
-        groups.setdefault(tuple(dtypes), []).append((name, ours, piece))
-    for (dtype, theirs), group in groups.items():
-        ours = torch.cat([bits for _, bits, _ in group]).view(dtype)
-        read = torch.cat([bits for _, _, bits in group]).view(theirs)
-        counts = [bits.numel() // theirs.itemsize for _, _, bits in group]
-        ends = torch.tensor(list(accumulate(counts)), device="cpu")
-        wrong = (~_equal(ours, read)).nonzero()
-        owners = torch.searchsorted(ends, wrong, right=True).flatten().tolist()
-        apart.update(group[i][0] for i in set(owners))
+        elif not is_data(own) or own.dtype not in _NAME_OF:  # integers are quantised values
+            continue
+        elif list(own.shape) != shape:
+            apart.add(name)
+        else:
+            compared[name] = own, _DTYPES[kind], pieces[first]
+    apart |= _unequal(compared)
     return [name for name in description if name in apart]
 
 
+def _check_entry(name: object, entry: Any) -> None:
+    """Raise a `CheckpointError` unless the entry of a Parameter is a dtype and its sizes."""
+    known = isinstance(entry, list) and isinstance(name, str) and len(entry) >= 3
+    if not known or not isinstance(entry[0], str) or not all(map(_is_size, entry[1:])):
+        rule = f"its fingerprint of {name!r:.200} is not a dtype and two or more sizes"
+        raise CheckpointError(rule, expected="like ['float32', 8, 4]", actual=f"{entry!r:.80}")
+    if entry[0] not in _DTYPES:
+        rule = f"its fingerprint of {name!r:.200} has a dtype that is unknown here"
+        expected, actual = f"one of {', '.join(_DTYPES)}", f"{entry[0]!r:.80}"
+        raise CheckpointError(rule, expected=expected, actual=actual)
+
+
+def _unequal(compared: dict[str, tuple[Tensor, torch.dtype, Tensor]]) -> set[str]:
+    """The names of the Parameters whose values are not those of a file.
+
+    All that have the same two dtypes are compared at once.
+
+    Args:
+        compared: by name, the Parameter, and the dtype and the bytes of its values in the file.
+    """
+    wanted = [(own, _samples(theirs)) for own, theirs, _ in compared.values()]
+    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, Tensor, Tensor]]] = {}
+    for (name, (own, theirs, read)), ours in zip(compared.items(), _gathered(wanted)):
+        groups.setdefault((own.dtype, theirs), []).append((name, ours, read))
+    found: set[str] = set()
+    for (dtype, theirs), group in groups.items():
+        our_values = torch.cat([ours for _, ours, _ in group]).view(dtype)
+        their_values = torch.cat([read for _, _, read in group]).view(theirs)
+        counts = [read.numel() // theirs.itemsize for _, _, read in group]
+        ends = torch.tensor(list(accumulate(counts)), device="cpu")
+        wrong = (~_equal(our_values, their_values)).nonzero()
+        places = torch.searchsorted(ends, wrong, right=True).flatten().tolist()
+        found.update(group[place][0] for place in set(places))
+    return found
+
+
 def _weights(tree: Tree) -> dict[str, Tensor]:
-    """The Parameters, except D, by each of their names; while a layer is merged, its kept base."""
+    """The `base_tensors` of a model, by each of their names."""
     found: dict[str, Tensor] = {}
     for name, module, _ in tree.entries:
-        own = dict(module._parameters)
-        for parameter in module.miss_configs if isinstance(module, AdaptedLayer) else ():
-            own.pop(d_name(parameter), None)
-            kept: Any = module._buffers.get(base_name(parameter))
-            own[parameter] = own.get(parameter) if kept is None else kept
-        for key, tensor in own.items():
-            if tensor is not None:
-                found[joined(name, key)] = tensor
+        found |= base_tensors(name, module)
     return found
 
 

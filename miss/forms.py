@@ -91,10 +91,9 @@ class Form(ABC):
         """`delta` at some positions of the Parameter's first axis; ``d`` comes from `whole`."""
         if config.shared == 0:
             owner, sign = cls.owner(config.size, config.rank), cls.sign(config.size, config.rank)
-            found = d[owner[rows].to(d.device)]
-            return (
-                found if sign is None else (found.movedim(0, -1) * sign[rows].to(d)).movedim(-1, 0)
-            )
+            found = d[owner[rows].to(d.device)].movedim(0, -1)
+            found = found if sign is None else found * sign[rows].to(d)
+            return found.movedim(-1, 0)
         return cls.expand(d[rows], config.size, config.shared)
 
     @classmethod

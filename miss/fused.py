@@ -121,7 +121,8 @@ def _fast_block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool
     if rest:
         s[..., :rest].add_(x[..., -rest:])
     if alternate:
-        s = s[..., :rank] - s[..., rank:]
+        even, odd = s.chunk(2, dim=-1)
+        s = even - odd
     return s.to(dtype)
 
 

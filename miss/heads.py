@@ -1,13 +1,12 @@
-"""Heads of models of transformers, and the Parameters that ``from_pretrained`` made anew."""
+"""Heads of models of transformers, and Parameters that their ``from_pretrained`` initialised."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container
 from typing import Any
 
 from torch import nn
 
-from miss.layers import AdaptedLayer
-from miss.layers.host import d_name
+from miss.layers import base_parameters
 from miss.tensors import is_data
 from miss.tree import Tree, joined
 
@@ -20,7 +19,7 @@ _NAMES = {"classifier", "score", "qa_outputs", "classification_head", "head", "p
 _LOADED = "_is_hf_initialized"  # transformers' mark
 
 
-def head_of(tree: Tree) -> dict[str, nn.Parameter]:
+def head_of(tree: Tree, holding: Container[int] | None = None) -> dict[str, nn.Parameter]:
     """The Parameters of every head in the model, by first name.
 
     A head exists only in a model of transformers of which a class, its own or an inherited one, is
@@ -31,11 +30,12 @@ def head_of(tree: Tree) -> dict[str, nn.Parameter]:
     ``projector`` or ``fc``.
 
     A Parameter that the body holds too is not part of the head, nor is the D of an adapted layer.
-    Such a model can stand anywhere in the tree.
+    Such a model can stand anywhere in the tree. With ``holding``, only models with these ids count.
     """
     found: set[int] = set()
     for model in tree.pretrained.values():
-        if any(_TASK.fullmatch(kind.__name__) for kind in type(model).__mro__):
+        counts = holding is None or id(model) in holding
+        if counts and any(_TASK.fullmatch(kind.__name__) for kind in type(model).__mro__):
             found |= _head(tree, model)
     return _named(tree, found)
 
@@ -45,8 +45,8 @@ def made_anew(tree: Tree) -> dict[str, nn.Parameter]:
 
     It does so where the checkpoint lacks a Parameter or has it in another shape. transformers 5
     marks every Parameter that it read from the checkpoint or tied, and every module that it
-    initialised. Made anew is an ordinary floating-point Parameter without the mark, in a marked
-    module, inside a model of transformers in which another Parameter has the mark. Those that the
+    initialised. A Parameter counts as made anew if it is ordinary and floating-point, has no mark,
+    and lies in a marked module of a model in which another Parameter has the mark. Those that the
     class declares as possibly missing (``_keys_to_ignore_on_load_missing``, such as tables of
     sinusoids) and the D of an adapted layer are left out.
 
@@ -66,7 +66,7 @@ def made_anew(tree: Tree) -> dict[str, nn.Parameter]:
             continue
         inside = tree.inside([model])
         seen |= inside.keys()
-        if any(getattr(p, _LOADED, False) for module in inside.values() for _, p in _own(module)):
+        if any(map(_holds_loaded, inside.values())):
             lacking = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
             for module in inside.values():
                 if vars(module).get(_LOADED):
@@ -86,16 +86,23 @@ def _head(tree: Tree, model: nn.Module) -> set[int]:
             child for key, child in model._modules.items() if child is not None and key in _NAMES
         ]
         body = inside.keys() - tree.inside(tops).keys()
-    parameters: dict[bool, set[int]] = {True: set(), False: set()}
+    in_body: set[int] = set()
+    outside: set[int] = set()
     for key, module in inside.items():
-        parameters[key in body].update(id(parameter) for _, parameter in _own(module))
-    return parameters[False] - parameters[True]
+        found = in_body if key in body else outside
+        found.update(map(id, base_parameters(module).values()))
+    return outside - in_body
+
+
+def _holds_loaded(module: nn.Module) -> bool:
+    """Whether a direct Parameter of a module has the mark."""
+    return any(getattr(p, _LOADED, False) for p in base_parameters(module).values())
 
 
 def _unmarked(module: nn.Module, prefix: str, lacking: Collection[str]) -> set[int]:
     """The ids of a module's Parameters without the mark; ``prefix`` precedes their names."""
     found = set()
-    for key, parameter in _own(module):
+    for key, parameter in base_parameters(module).items():
         plain = is_data(parameter) and parameter.is_floating_point()  # on meta: offloaded
         if not plain or getattr(parameter, _LOADED, False):
             continue
@@ -107,17 +114,8 @@ def _unmarked(module: nn.Module, prefix: str, lacking: Collection[str]) -> set[i
 def _named(tree: Tree, wanted: set[int]) -> dict[str, nn.Parameter]:
     """The Parameters with these ids, each once, by first name."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, module, _ in tree.entries:
-        for key, parameter in _own(module):
+    for name, module, _ in tree.entries if wanted else ():
+        for key, parameter in base_parameters(module).items():
             if id(parameter) in wanted:
                 found.setdefault(id(parameter), (joined(name, key), parameter))
     return dict(found.values())
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The direct Parameters of a module by their names in it, without D's."""
-    adapted = module.miss_configs if isinstance(module, AdaptedLayer) else ()
-    ours = {d_name(parameter) for parameter in adapted}
-    for key, parameter in module._parameters.items():
-        if parameter is not None and key not in ours:
-            yield key, parameter

@@ -6,18 +6,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from miss.errors import ShapeError, StateError, at, named
+from miss.errors import ShapeError, StateError, at, named, replaced_error
 from miss.forms import METHODS, check_adapter_dtype, variant
-from miss.layers import AdaptedLayer, class_of
+from miss.heads import made_anew
+from miss.layers import AdaptedLayer, class_of, d_names
 from miss.layers.forwards import refuse_replaced
-from miss.layers.host import d_name
 from miss.layers.swap import Adapter, swap_, swap_back_
 from miss.matching import Targets
 from miss.merging import bake_, check_mergeable, check_restorable, guard, places, restore_
 from miss.parents import place_hooks, refuse_offloaded, remove_hooks
 from miss.plan import candidates, planned
 from miss.targets import select
-from miss.trained import besides, not_linear, unadapted_head, warn_of_frozen, warn_of_half
+from miss.trained import (
+    KEPT,
+    keep_,
+    not_in_all_linear,
+    trainable_of,
+    unadapted_head,
+    warn_of_frozen,
+    warn_of_half,
+)
 from miss.tree import Tree
 
 __all__ = ["SKIPPED", "adopt_all_", "eject", "inject"]
@@ -107,39 +115,73 @@ def inject(
             raise ShapeError("unknown method", expected=expected, actual=actual, do=do)
         form = variant(METHODS[method], alternate=alternate)
         check_adapter_dtype(adapter_dtype)
-        beside = besides(tree, trainable)
-        left_out = not_linear(tree, beside)
-        found = select(tree, targets, candidates(tree), exclude=exclude, not_linear=left_out)
+        besides = trainable_of(tree, trainable)
+        spared = not_in_all_linear(tree, besides)
+        found = select(tree, targets, candidates(tree), exclude=exclude, not_in_all_linear=spared)
         refuse_offloaded(tree, (site.module for site in found.adapt))
         plan = planned(found.adapt, form, rank, scale, dropout, adapter_dtype)
         layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
-        trained = beside.parameters | (unadapted_head(tree, layers) if freeze else {})
+        trained = besides.parameters | (unadapted_head(tree, layers) if freeze else {})
         warn_of_half(trained)
-        first = INJECTED not in tree.root.__dict__
-        warn_of_frozen(tree, trained.values(), layers, freeze and first)
-        adopt_all_(tree, plan, trained.values(), freeze)
+        anew = made_anew(tree)
+        warn_of_frozen(tree, anew, trained.values(), layers, freeze and _is_first(tree))
+        adopt_all_(tree, plan, trained.values(), anew.values(), freeze)
         for module, reason in found.skipped:
             module.__dict__[SKIPPED] = reason
         return model
 
 
-def adopt_all_(tree: Tree, plan: list[Adapter], trained: Iterable[Tensor], freeze: bool) -> None:
-    """Set flags, classes and hooks: the part of `inject` that changes the model and cannot fail."""
+def adopt_all_(
+    tree: Tree,
+    plan: list[Adapter],
+    trained: Iterable[Tensor],
+    anew: Iterable[Tensor],
+    freeze: bool,
+) -> None:
+    """Set flags, classes and hooks: the part of `inject` that changes the model and cannot fail.
+
+    Args:
+        tree: the model.
+        plan: the adapters to put in.
+        trained: what else is trained.
+        anew: what `made_anew` gives.
+        freeze: whether to freeze all else, or after the first call all else in the layers of
+            ``plan``.
+    """
     if freeze:
-        kept: set[int] = set()
-        for layer in tree.adapted.values():
-            kept |= {id(layer._parameters.get(d_name(p))) for p in layer.miss_configs}
-        later = INJECTED in tree.root.__dict__
-        for module in [adapter.layer for adapter in plan] if later else [tree.model]:
-            for parameter in module.parameters():
-                if id(parameter) not in kept:
-                    parameter.requires_grad = False  # a lazy parameter has no requires_grad_()
-    for tensor in trained:
+        _freeze(tree, [tree.model] if _is_first(tree) else [adapter.layer for adapter in plan])
+    written = list(trained)
+    for tensor in written:
         tensor.requires_grad = True
+    initialised = set(map(id, anew))
+    for adapter in plan if initialised else ():
+        written += [p for p in adapter.layer.parameters(recurse=False) if id(p) in initialised]
+    keep_(tree, written)
     tree.root.__dict__[INJECTED] = True
     for adapter in plan:
         swap_(adapter)
     place_hooks(tree)
+
+
+def _freeze(tree: Tree, modules: Iterable[nn.Module]) -> None:
+    """Freeze the Parameters of ``modules``, except each D and what an earlier call trains."""
+    kept: set[int] = set()
+    for layer in tree.adapted.values():
+        kept |= {id(layer._parameters.get(key)) for key in d_names(layer)}
+    for module in tree.unique:
+        for key in module.__dict__.get(KEPT, ()):
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.requires_grad:
+                kept.add(id(parameter))
+    for module in modules:
+        for parameter in module.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad = False  # a lazy parameter has no requires_grad_()
+
+
+def _is_first(tree: Tree) -> bool:
+    """Whether no adapter of an earlier call on this model is left."""
+    return INJECTED not in tree.root.__dict__ or not tree.adapted
 
 
 def eject(model: Model, *, merge: bool = False) -> Model:
@@ -187,8 +229,8 @@ def eject(model: Model, *, merge: bool = False) -> Model:
         guard(tree)
         remove_hooks(tree)
         for module in tree.unique:
-            module.__dict__.pop(SKIPPED, None)
-            module.__dict__.pop(INJECTED, None)
+            for note in (SKIPPED, INJECTED, KEPT):
+                module.__dict__.pop(note, None)
         return model
 
 
@@ -200,7 +242,6 @@ def _check_class(layer: AdaptedLayer) -> None:
         rule = "its class was replaced after injection (a parametrization or fully_shard does this)"
         rule += ", so eject cannot restore it"
         raise StateError(rule, expected=expected, actual=own.__name__)
-    for key in map(d_name, layer.miss_configs):
+    for key in d_names(layer):
         if key not in layer._parameters:
-            rule = f"its {key} is no parameter of its own any more (pruned, parametrized?)"
-            raise StateError(rule, do="remove what replaced it")
+            raise replaced_error(key)

@@ -5,7 +5,7 @@ import fnmatch
 import re
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -33,9 +33,12 @@ class Hits(NamedTuple):
     left: dict[str, int]  # Parameters whose last component is the target; the ids of their modules
 
 
-def hits(tree: Tree, target: Target, not_linear: Container[int]) -> Hits:
-    """What a target matches, adaptable or not; ``"all-linear"`` leaves ``not_linear`` out."""
-    matches = _matcher(target, not_linear)
+def hits(tree: Tree, target: Target, not_in_all_linear: Container[int]) -> Hits:
+    """What a target matches, adaptable or not.
+
+    ``"all-linear"`` leaves out the modules with an id in ``not_in_all_linear``.
+    """
+    matches = _matcher(target, not_in_all_linear)
     modules = {id(e.module): e.module for e in tree.entries if matches(e.name, e.module)}
     parameters: dict[tuple[int, str], str] = {}
     left: dict[str, int] = {}
@@ -57,7 +60,7 @@ def _first_key(module: nn.Module, parameter: Tensor) -> str:
 def listed(targets: Targets, argument: str) -> list[Target]:
     """``targets`` as a list, each item checked to be of a known form."""
     items: list[Any] = [targets]
-    single = isinstance(targets, (str, bytes, Mapping, Tensor)) or callable(targets)
+    single = isinstance(targets, (str, bytes, Tensor)) or callable(targets)
     if isinstance(targets, Iterable) and not single:
         items = list(targets)
     for item in items:
@@ -77,8 +80,6 @@ def listed(targets: Targets, argument: str) -> list[Target]:
 
 def _instead(item: object, argument: str) -> str:
     """What to write instead of a target of an unknown form."""
-    if isinstance(item, Mapping):
-        return "give a list of names; rank and scale may be functions of a layer's name and module"
     if isinstance(item, nn.Module):
         return "give its name, as in model.named_modules()"
     if isinstance(item, Tensor):
@@ -95,7 +96,7 @@ def is_plain(target: Target) -> bool:
     return isinstance(target, str) and target != ALL_LINEAR and not set(target) & set("*?[")
 
 
-def _matcher(target: Target, not_linear: Container[int]) -> Matcher:
+def _matcher(target: Target, not_in_all_linear: Container[int]) -> Matcher:
     """``target`` as a test of (name, module)."""
     if isinstance(target, type):
         return lambda name, module: isinstance(module, target)
@@ -104,7 +105,7 @@ def _matcher(target: Target, not_linear: Container[int]) -> Matcher:
     if not isinstance(target, str):
         return target
     if target == ALL_LINEAR:
-        return lambda name, module: looks_linear(module) and id(module) not in not_linear
+        return lambda name, module: looks_linear(module) and id(module) not in not_in_all_linear
     return lambda name, module: fits(target, name)
 
 
@@ -135,9 +136,8 @@ def unknown_name(
         weights: the full names of Parameters that can be meant.
     """
     rule, do = f"{start}matches nothing", ""
-    expected = (
-        nearest(target, names, weights) or "a model with a torch.nn.Linear or a registered type"
-    )
+    expected = nearest(target, names, weights)
+    expected = expected or "a model with a torch.nn.Linear or a registered type"
     if isinstance(target, str):
         several = re.split(r"[,\s]+", target.strip(" ,"))
         if _is_expression(target, names):
@@ -146,7 +146,8 @@ def unknown_name(
             rule, do = f"{rule}; a string is one name", f"give a list: {several}"
     if not do and not _close(target, names, weights):
         do = "model.named_modules() has the names"
-        do = do if start else f"{do}; 'all-linear' is every linear layer"
+        if not start:  # the argument is targets, which alone takes it
+            do += "; 'all-linear' is every linear layer"
     return TargetError(rule, expected=expected, do=do)
 
 
@@ -171,7 +172,7 @@ def shown(target: Target) -> str:
 def nearest(target: Target, names: list[str], weights: Iterable[str] = ()) -> str | None:
     """A hint for a mistyped target: the nearest names or endings of names; else some names.
 
-    A Parameter is known by its own name, and hinted with its module's, as a target names it.
+    A Parameter is found by its last component. The hint gives its module's too, as a target does.
     """
     if near := _close(target, names, weights):
         return f"a name in the model: did you mean {' or '.join(near)}?"
@@ -179,7 +180,7 @@ def nearest(target: Target, names: list[str], weights: Iterable[str] = ()) -> st
 
 
 def _close(target: Target, names: list[str], weights: Iterable[str]) -> list[str]:
-    """Up to three names for a mistyped target, in either case of letters."""
+    """Up to three names that are close to a target, whatever the case of letters."""
     pattern = target.pattern if isinstance(target, re.Pattern) else target
     if not isinstance(pattern, str):
         return []

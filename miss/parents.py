@@ -1,4 +1,4 @@
-"""Parents that bypass or offload their children: which are refused, and hooks for the rest."""
+"""Parents that bypass or offload their children: which are refused, and hooks for the others."""
 
 import sys
 from collections.abc import Iterable

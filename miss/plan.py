@@ -1,4 +1,4 @@
-"""What `inject` and `load` are to do: which modules can be adapted, and the adapters allocated."""
+"""Which modules `inject` and `load` can adapt, and the adapters that `inject` is to put in."""
 
 from collections.abc import Callable
 from numbers import Integral
@@ -25,7 +25,13 @@ def planned(
     dropout: float,
     adapter_dtype: torch.dtype | None,
 ) -> list[Adapter]:
-    """The adapters of the sites, allocated; layers too small for their rank are named at once."""
+    """The adapters of the sites, allocated. The other arguments are those of `inject`.
+
+    Raises:
+        TargetError: no host adapts a module.
+        StateError: a Parameter is adapted already, or its layer in another form.
+        ShapeError: a setting is outside its rule; all layers too small for their rank are named.
+    """
     plan: list[Adapter] = []
     small: list[tuple[str, int, ShapeError]] = []
     for site in sites:

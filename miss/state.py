@@ -1,28 +1,29 @@
 """Put an adapter's tensors into a model: check all of them, then write all of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from miss import files
-from miss.errors import CheckpointError, StateError, at, merged_error, named
+from miss.errors import CheckpointError, StateError, at, merged_error, named, replaced_error
 from miss.forms import METHODS
+from miss.heads import made_anew
 from miss.inject import adopt_all_
-from miss.layers import AdaptedLayer, class_of, host_of, parameters_of, path_of
+from miss.layers import AdaptedLayer, base_parameters, class_of, host_of, parameters_of, path_of
 from miss.layers.host import base_name, d_name
 from miss.layers.swap import Adapter, new_d
 from miss.merging import places
 from miss.parents import refuse_offloaded
 from miss.plan import candidates
 from miss.records import Record, record_of
-from miss.tensors import can_be_trained, same, unwritable
-from miss.trained import unadapted_head
+from miss.tensors import can_be_trained, is_lazy, same, unwritable
+from miss.trained import keep_, unadapted_head
 from miss.tree import Tree, joined
 
-__all__ = ["Fit", "check_fit", "check_keys", "copy_", "fit", "named_tensors", "own_adapters"]
-__all__ += ["no_module", "refuse_merged", "write_"]
+__all__ = ["Fit", "base_tensors", "check_fit", "check_keys", "copy_", "fit", "named_tensors"]
+__all__ += ["no_module", "own_adapters", "refuse_merged", "write_"]
 
 
 class Fit(NamedTuple):
@@ -58,19 +59,28 @@ def fit(tree: Tree, records: Mapping[str, Record], tensors: Mapping[str, Tensor]
             error.do = error.do or "load it into the model whose adapters were saved"
             raise
         slots = dict(zip(records, (adapter.d for adapter in plan)))
+    buffers: set[str] = set()
     for name, module in tree.of_type(nn.Module).items():
-        named_ones = named_tensors(name, module)
-        slots |= {key: tensor for key, tensor in named_ones.items() if key in tensors}
+        own = named_tensors(name, module)
+        slots |= {key: tensor for key, tensor in own.items() if key in tensors}
+        buffers |= {joined(name, key) for key in module._buffers}
     check_keys([], sorted(set(tensors) - set(slots)))
-    check_fit(tensors, slots, "build the model as the saved one was built")
+    check_fit(tensors, slots, "build the model as the saved one was built", buffers)
     return Fit(tensors, slots, plan)
 
 
-def write_(tree: Tree, fitted: Fit, trained: Iterable[str]) -> None:
+def write_(tree: Tree, fitted: Fit, extra: Iterable[str], trained: Container[str]) -> None:
     """Put what `fit` has checked into the model, injecting if it has no adapter; all or nothing.
 
-    A model that is injected is frozen, as by `miss.inject`. The Parameters ``trained`` and those of
-    heads are switched on, in any model.
+    A model that is injected is frozen, as by `miss.inject`, except for its heads. Parameters of
+    ``extra`` that are ``trained`` are switched on, in any model. A later `miss.save` writes all
+    Parameters of ``extra`` again.
+
+    Args:
+        tree: the model.
+        fitted: what `fit` returned for it.
+        extra: the keys of the tensors that are no adapters.
+        trained: the keys of the Parameters that were trained.
 
     Raises:
         CheckpointError: two tensors differ that are one in the model.
@@ -78,12 +88,11 @@ def write_(tree: Tree, fitted: Fit, trained: Iterable[str]) -> None:
     """
     tensors, slots, plan = fitted
     copy_(tensors, slots)
-    layers = [*tree.adapted.values(), *(adapter.layer for adapter in plan)]
-    on = list(unadapted_head(tree, layers).values())
-    for key in trained:
-        slot = slots[key]
-        on += [slot] if isinstance(slot, nn.Parameter) and can_be_trained(slot) else []
-    adopt_all_(tree, plan, on, freeze=bool(plan))
+    on = list(unadapted_head(tree, [adapter.layer for adapter in plan]).values())
+    others = {key: slots[key] for key in extra if isinstance(slots[key], nn.Parameter)}
+    on += [slot for key, slot in others.items() if key in trained and can_be_trained(slot)]
+    adopt_all_(tree, plan, on, made_anew(tree).values(), freeze=bool(plan))
+    keep_(tree, others.values())
 
 
 def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
@@ -91,11 +100,11 @@ def own_adapters(tree: Tree) -> dict[str, AdaptedLayer]:
     adapted = tree.adapted
     for name, layer in adapted.items():
         for parameter, config in layer.miss_configs.items():
-            key, d = d_name(parameter), layer._parameters.get(d_name(parameter))
+            key = d_name(parameter)
+            d = layer._parameters.get(key)
             with at(named(name)):
                 if d is None:
-                    rule = f"its {key} is no parameter of its own any more (pruned, parametrized?)"
-                    raise StateError(rule, do="remove what replaced it")
+                    raise replaced_error(key)
                 if d.shape != config.d_shape:
                     rule, actual = f"its {key} has another shape (partitioned?)", tuple(d.shape)
                     raise StateError(rule, expected=config.d_shape, actual=actual)
@@ -110,14 +119,26 @@ def refuse_merged(adapted: Mapping[str, AdaptedLayer]) -> None:
                 raise merged_error("an adapter that is loaded now would have no effect")
 
 
-def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of a module, without D; the base even while merged."""
-    own = {**module._parameters, **module._buffers}
-    transient = set(module._non_persistent_buffers_set)
+def base_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The direct Parameters of the module ``name`` by full name, without D's.
+
+    While it is merged, the kept base stands for a merged Parameter.
+    """
+    found: dict[str, Tensor] = dict(base_parameters(module))
     for parameter in module.miss_configs if isinstance(module, AdaptedLayer) else ():
-        transient.add(d_name(parameter))
-        own[parameter] = own.get(base_name(parameter), own.get(parameter))
-    return {joined(name, k): t for k, t in own.items() if t is not None and k not in transient}
+        kept = module._buffers.get(base_name(parameter))
+        if kept is not None:
+            found[parameter] = kept
+    return {joined(name, key): tensor for key, tensor in found.items()}
+
+
+def named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """`base_tensors` and the persistent buffers of a module, by full name."""
+    found = base_tensors(name, module)
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            found[joined(name, key)] = buffer
+    return found
 
 
 def check_keys(
@@ -133,24 +154,38 @@ def check_keys(
         raise CheckpointError(rule, actual="; ".join(counts), do=do)
 
 
-def check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor], shaped: str = "") -> None:
+def check_fit(
+    tensors: Mapping[str, Tensor],
+    slots: Mapping[str, Tensor],
+    shaped: str = "",
+    buffers: Container[str] = (),
+) -> None:
     """Check each tensor against the one that it replaces: same shape, and no value is rounded.
 
-    ``shaped`` says what to do if a tensor has another shape.
+    Args:
+        tensors: by key, what is to be written.
+        slots: by key, the tensors of the model.
+        shaped: what to do if a tensor has another shape.
+        buffers: the keys of tensors that may hold infinities.
+
+    Raises:
+        CheckpointError: a tensor has another shape, would be rounded, or fails
+            `miss.files.check_tensors`.
     """
-    files.check_tensors(tensors)
+    files.check_tensors(tensors, buffers)
     for key, tensor in tensors.items():
         slot = slots[key]
+        if is_lazy(slot):
+            rule = f"{key} of the model has no shape yet"
+            raise CheckpointError(rule, do="run the model once, then load")
         expected, actual = (f"{tuple(t.shape)} of {t.dtype}" for t in (slot, tensor))
         if tensor.shape != slot.shape:
             rule = f"{key} has another shape"
             raise CheckpointError(rule, expected=expected, actual=actual, do=shaped)
         if tensor.dtype != slot.dtype and not same(tensor.to(slot.dtype).to(tensor.dtype), tensor):
             rule = f"{key} has another dtype, and its values would be rounded"
-            do = (
-                f"give the model's tensor the dtype {tensor.dtype} (a D has it if the model has no "
-            )
-            do += f"adapter yet), or round it yourself with .to({slot.dtype})"
+            do = f"give the model's tensor the dtype {tensor.dtype} (a D has it if the model has "
+            do += f"no adapter yet), or round it yourself with .to({slot.dtype})"
             raise CheckpointError(rule, expected=expected, actual=actual, do=do)
 
 
@@ -215,7 +250,7 @@ def _plan(
 
 
 def no_module(tree: Tree, name: str) -> CheckpointError:
-    """The error of an adapter for a module that the model has not, or has under a longer name."""
+    """The error of an adapter for a module that the model lacks, or has under a longer name."""
     error = CheckpointError(f"the model has no module {name!r}")
     for longer in tree.modules:
         if name and longer.endswith(f".{name}"):

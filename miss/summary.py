@@ -21,7 +21,8 @@ class LayerSummary:
     """One adapted layer, or one Parameter of a layer that has several D's.
 
     ``shape`` is the Parameter's: in a linear layer ``(out_features, in_features)``. ``trainable``
-    counts D and, once for each layer, what else in the layer requires grad.
+    counts D and, once for each layer, what else in the layer requires grad. ``alternate`` says
+    whether the blocks of its input alternate in sign.
     """
 
     name: str

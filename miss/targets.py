@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from miss import matching
 from miss.errors import TargetError, at, named
-from miss.layers import AdaptedLayer, looks_linear, parameters_of, path_of
-from miss.layers.host import d_name
+from miss.layers import base_parameters, looks_linear, parameters_of, path_of
 from miss.matching import ALL_LINEAR, FORMS, Hits, Target, Targets
 from miss.tensors import has_two_axes
 from miss.tree import Tree, joined
@@ -33,9 +32,9 @@ class Selection(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What `chosen` found, by full first names: modules, and all Parameters, also of the modules.
+    """What `chosen` found, by full first names: modules, and Parameters without D's.
 
-    No D is among the Parameters.
+    The Parameters of the modules are among them.
     """
 
     modules: dict[str, nn.Module]
@@ -48,7 +47,7 @@ def select(
     candidates: Mapping[int, str | None],
     *,
     exclude: Targets = (),
-    not_linear: Container[int],
+    not_in_all_linear: Container[int],
 ) -> Selection:
     """Resolve ``targets``, sorted by name; `miss.inject` says what each form of target matches.
 
@@ -57,7 +56,7 @@ def select(
         targets: one target or an iterable of them.
         candidates: by id, why a module that looks adaptable cannot be adapted; None if it can.
         exclude: in the forms of ``targets``; a module stands for all that it contains.
-        not_linear: the ids of modules that ``"all-linear"`` leaves out.
+        not_in_all_linear: the ids of modules that ``"all-linear"`` leaves out.
 
     Raises:
         TargetError: a target is malformed or matches nothing; a plain string matches what cannot be
@@ -75,7 +74,7 @@ def select(
         with at("targets"):
             raise TargetError("must name at least one module", expected=FORMS, actual=repr(targets))
     for target in wanted:
-        hits = matching.hits(tree, target, not_linear)
+        hits = matching.hits(tree, target, not_in_all_linear)
         refused = {key: why for key in hits.modules if (why := candidates.get(key)) is not None}
         meant = [key for key in refused if key not in excluded]
         if meant and matching.is_plain(target):
@@ -111,38 +110,40 @@ def chosen(tree: Tree, targets: Targets, argument: str) -> Chosen:
         TargetError: a target is malformed or matches nothing; it names the ``argument``.
     """
     tops: list[nn.Module] = []
-    own = _parameters(tree)
     found: dict[str, Tensor] = {}
-    for target in matching.listed(targets, argument):
+    wanted = matching.listed(targets, argument)
+    own, aliases = _parameters(tree) if wanted else ({}, {})
+    for target in wanted:
         hits = matching.hits(tree, target, tree.output_head)
-        named_ones = {}
+        matched: dict[str, Tensor] = {}
         if isinstance(target, str) and target != ALL_LINEAR:
-            named_ones = {name: p for name, p in own.items() if matching.fits(target, name)}
-        if not hits.modules and not named_ones:
+            for name, first in aliases.items():
+                if matching.fits(target, name):
+                    matched[first] = own[first]
+        if not hits.modules and not matched:
             names = [entry.name for entry in tree.entries if entry.name]
             with at(argument):
                 shown = f"{matching.shown(target)} "
                 raise matching.unknown_name(target, [*names, *own], shown)
         tops += hits.modules.values()
-        found |= named_ones
+        found |= matched
     modules = {tree.first[key]: module for key, module in tree.inside(tops).items()}
     for name, module in modules.items():
-        for key in module._parameters:
-            if (full := joined(name, key)) in own:
-                found[full] = own[full]
+        for key, parameter in base_parameters(module).items():
+            found[joined(name, key)] = parameter
     return Chosen(modules, found)
 
 
-def _parameters(tree: Tree) -> dict[str, Tensor]:
-    """Every Parameter except D, by full name; a module's under its first name."""
+def _parameters(tree: Tree) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every Parameter except D under its module's first name, and that name by each full name."""
     found: dict[str, Tensor] = {}
-    for name, module in tree.of_type(nn.Module).items():
-        configs = module.miss_configs if isinstance(module, AdaptedLayer) else ()
-        ds = set(map(d_name, configs))
-        for key, parameter in module._parameters.items():
-            if parameter is not None and key not in ds:
-                found[joined(name, key)] = parameter
-    return found
+    aliases: dict[str, str] = {}
+    for name, module, _ in tree.entries:
+        for key, parameter in base_parameters(module).items():
+            first = joined(tree.first[id(module)], key)
+            found[first] = parameter
+            aliases[joined(name, key)] = first
+    return found, aliases
 
 
 def _excluded(tree: Tree, exclude: Targets) -> tuple[set[int], set[tuple[int, str]]]:
@@ -169,9 +170,15 @@ def _sites(
     candidates: Mapping[int, str | None],
     left_out: Callable[[int, str], bool],
 ) -> list[Site]:
-    """The Parameters to adapt among what a target matches; those left out may be among them."""
+    """The Parameters to adapt among what a target matches, even those that are left out.
+
+    Raises:
+        TargetError: a Parameter that it matches cannot be adapted, and is not left out or is all
+            that it matches.
+    """
     sites: list[Site] = []
-    refused: dict[bool, TargetError] = {}  # the first one, by whether it is left out
+    refused: list[TargetError] = []
+    refused_but_left_out: list[TargetError] = []
     for key, module in hits.modules.items():
         if candidates.get(key, "") is None:
             sites += [Site(tree.first[key], module, p) for p in parameters_of(module)]
@@ -184,9 +191,11 @@ def _sites(
         why = why or f"no host of a {path_of(type(module))} adapts it: see miss.register"
         error = TargetError(f"is a Parameter that cannot be adapted: {why} (target {target!r})")
         error.where = full
-        refused.setdefault(left_out(key, parameter), error)
-    if False in refused or (refused and not sites):
-        raise refused.get(False) or refused[True]
+        (refused_but_left_out if left_out(key, parameter) else refused).append(error)
+    if not sites:
+        refused += refused_but_left_out
+    if refused:
+        raise refused[0]
     return sites
 
 
@@ -204,24 +213,14 @@ def _no_match(
         rule = f"matches no layer that can be adapted; {named(tree.first[key])} {why}"
         return TargetError(rule)
     if hits.modules:
-        kinds = ", ".join(sorted({type(module).__name__ for module in hits.modules.values()}))
-        if any(candidates.get(key, "") is None for key in tree.inside(hits.modules.values())):
-            return _container(target, tree.first[next(iter(hits.modules))], names, kinds)
-        held: list[str] = []
-        for key, module in hits.modules.items():
-            for parameter, tensor in module._parameters.items():
-                held += [joined(tree.first[key], parameter)] if has_two_axes(tensor) else []
-        own = f"; their Parameters are {', '.join(map(repr, held[:5]))}" if held else ""
-        rule = "matches no torch.nn.Linear and no layer of a registered type"
-        do = "miss.register(type, host), for a type of your own"
-        do = f"{do}; trainable={target!r} trains it whole" if isinstance(target, str) else do
-        return TargetError(
-            rule, expected=matching.nearest(target, names), actual=kinds + own, do=do
-        )
+        inside = tree.inside(hits.modules.values())
+        if any(candidates.get(key, "") is None for key in inside):
+            return _container(target, tree, hits.modules, names)
+        return _no_layer(target, tree, hits.modules, names)
     if hits.left:
         return matching.only_parameters(target, list(hits.left))
     if target == ALL_LINEAR and names:
-        rule = "matches nothing: it leaves out the output head and what trainable names"
+        rule = "matches nothing: it leaves out heads and what trainable names"
         actual = f"linear layers: {', '.join(map(repr, names[:5]))}"
         return TargetError(rule, actual=actual, do="name one of these in targets")
     others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]
@@ -232,19 +231,47 @@ def _no_match(
     if target == ALL_LINEAR:
         rule, do = "matches nothing: the model has no linear layer", "name layers of other types"
         return TargetError(rule, do=f"{do}, which miss.register(type, host) makes adaptable")
-    if matching.is_plain(target) and any(matching.fits(str(target), n) for n in _parameters(tree)):
+    _, aliases = _parameters(tree)
+    if matching.is_plain(target) and any(matching.fits(str(target), name) for name in aliases):
         rule = "matches a Parameter that is no matrix, and only matrices are adapted"
         return TargetError(rule, do=f"trainable={target!r} trains it")
     weights: list[str] = []
-    for held_under in tree.weights.values():
-        weights += [full for full, module, _ in held_under if not looks_linear(module)]
+    for of_one_name in tree.weights.values():
+        weights += [full for full, module, _ in of_one_name if not looks_linear(module)]
     return matching.unknown_name(target, names, weights=weights)
 
 
-def _container(target: Target, name: str, names: list[str], kinds: str) -> TargetError:
-    """The error of a target that matches modules that hold layers; ``name`` is the first one's."""
+def _no_layer(
+    target: Target, tree: Tree, modules: Mapping[int, nn.Module], names: list[str]
+) -> TargetError:
+    """The error of a target that matches modules, in which there is nothing to adapt."""
+    held: list[str] = []
+    for key, module in modules.items():
+        for parameter, tensor in module._parameters.items():
+            if has_two_axes(tensor):
+                held.append(joined(tree.first[key], parameter))
+    rule, actual = "matches no torch.nn.Linear and no layer of a registered type", _kinds(modules)
+    if held:
+        actual += f"; their Parameters are {', '.join(map(repr, held[:5]))}"
+    do = "miss.register(type, host), for a type of your own"
+    if isinstance(target, str):
+        do += f"; trainable={target!r} trains it whole"
+    return TargetError(rule, expected=matching.nearest(target, names), actual=actual, do=do)
+
+
+def _container(
+    target: Target, tree: Tree, modules: Mapping[int, nn.Module], names: list[str]
+) -> TargetError:
+    """The error of a target that matches modules that hold layers."""
     rule, do = "matches modules that hold layers, and no layer", ""
     if isinstance(target, str) and matching.is_plain(target):
+        name = tree.first[next(iter(modules))]
         inside = f"{name}.*" if name == target else f"*.{target}.*"
         do = f"{inside if name else '*'!r} adapts those inside"
-    return TargetError(rule, expected=matching.nearest(target, names), actual=kinds, do=do)
+    expected = matching.nearest(target, names)
+    return TargetError(rule, expected=expected, actual=_kinds(modules), do=do)
+
+
+def _kinds(modules: Mapping[int, nn.Module]) -> str:
+    """The types of modules, for a message."""
+    return ", ".join(sorted({type(module).__name__ for module in modules.values()}))

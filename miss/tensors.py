@@ -7,19 +7,9 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ADAPTER_DTYPES", "Owners", "can_be_trained", "contiguous", "has_two_axes"]
-__all__ += [
-    "is_data",
-    "is_dtensor",
-    "is_lazy",
-    "is_managed",
-    "is_ordinary",
-    "largest",
-    "numel",
-    "owners",
-    "positions",
-]
-__all__ += ["same", "tied_to", "unwritable"]
+__all__ = ["ADAPTER_DTYPES", "SAMPLES", "Owners", "can_be_trained", "contiguous"]
+__all__ += ["has_two_axes", "is_data", "is_dtensor", "is_lazy", "is_managed", "is_ordinary"]
+__all__ += ["largest", "numel", "owners", "positions", "same", "tied_to", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLES = 64  # how many values of a tensor `positions` names, unless told
@@ -78,8 +68,10 @@ def unwritable(tensor: Tensor) -> str | None:
 
 
 def can_be_trained(parameter: Tensor) -> bool:
-    """Whether a Parameter can require grad."""
-    return parameter.is_floating_point() or parameter.is_complex()
+    """Whether a Parameter can require grad: of a floating dtype, and not made in inference mode."""
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return False
+    return parameter.requires_grad or is_lazy(parameter) or not parameter.is_inference()
 
 
 def has_two_axes(tensor: Tensor | None) -> TypeGuard[Tensor]:

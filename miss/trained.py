@@ -1,40 +1,45 @@
-"""What is trained besides adapters: what `trainable` names, and the heads of transformers."""
+"""What is trained besides adapters: what ``trainable`` names, and the heads of transformers."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from miss.errors import StateError, at, named, some
-from miss.heads import head_of, made_anew
+from miss.errors import StateError, at, some
+from miss.heads import head_of
 from miss.matching import Targets
 from miss.targets import Chosen, chosen
 from miss.tensors import can_be_trained
-from miss.tree import Tree
+from miss.tree import Tree, joined
 
-__all__ = ["besides", "not_linear", "unadapted_head", "warn_of_frozen", "warn_of_half"]
+__all__ = ["KEPT", "keep_", "not_in_all_linear", "trainable_of", "unadapted_head"]
+__all__ += ["warn_of_frozen", "warn_of_half"]
+
+# Attribute of a module: the names of its Parameters that `miss.save` writes, whatever their flags.
+KEPT = "_miss_kept"
 
 
-def besides(tree: Tree, trainable: Targets) -> Chosen:
-    """What ``trainable`` names; it is checked that each of its Parameters can be trained.
+def trainable_of(tree: Tree, trainable: Targets) -> Chosen:
+    """What ``trainable`` names, after a check that each of its Parameters can be trained.
 
     Raises:
         TargetError: a target is malformed or matches nothing.
-        StateError: a Parameter is not of a floating dtype.
+        StateError: a Parameter is not of a floating dtype, or was made in inference mode.
     """
     found = chosen(tree, trainable, "trainable")
     for name, parameter in found.parameters.items():
         if not can_be_trained(parameter):
             with at(name):
                 rule = "cannot be trained, as trainable asks: only floating Parameters can"
+                mode = ", made in inference mode" if parameter.is_inference() else ""
                 do = "leave it out of trainable, or name its layer in targets"
-                raise StateError(rule, actual=parameter.dtype, do=do)
+                raise StateError(rule, actual=f"{parameter.dtype}{mode}", do=do)
     return found
 
 
-def not_linear(tree: Tree, trained: Chosen) -> set[int]:
-    """By id, the modules that ``"all-linear"`` leaves out: output heads, heads, what is trained."""
+def not_in_all_linear(tree: Tree, trained: Chosen) -> set[int]:
+    """By id, the modules that ``"all-linear"`` leaves out: heads, and what is ``trained``."""
     head = set(map(id, head_of(tree).values()))
     found = tree.output_head | set(map(id, trained.modules.values()))
     for module in tree.unique:
@@ -43,16 +48,28 @@ def not_linear(tree: Tree, trained: Chosen) -> set[int]:
     return found
 
 
-def unadapted_head(tree: Tree, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
-    """The Parameters of heads, by full name, that can be trained and lie in none of ``layers``."""
+def unadapted_head(tree: Tree, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The Parameters of heads, by full name, that can be trained and lie in none of ``layers``.
+
+    A task model that holds none of ``layers``, such as a teacher, is left alone.
+    """
     held: set[int] = set()
     for layer in layers:
         held |= set(map(id, layer._parameters.values()))
     found: dict[str, Tensor] = {}
-    for name, parameter in head_of(tree).items():
+    for name, parameter in head_of(tree, tree.holding(layers)).items():
         if id(parameter) not in held and can_be_trained(parameter):
             found[name] = parameter
     return found
+
+
+def keep_(tree: Tree, parameters: Iterable[Tensor]) -> None:
+    """Note on their modules that `miss.save` writes these Parameters, whatever their flags."""
+    wanted = set(map(id, parameters))
+    for module in tree.unique if wanted else ():
+        names = {key for key, p in module._parameters.items() if id(p) in wanted}
+        if names:
+            module.__dict__[KEPT] = sorted(names.union(module.__dict__.get(KEPT, ())))
 
 
 def warn_of_half(trained: Mapping[str, Tensor]) -> None:
@@ -66,12 +83,17 @@ def warn_of_half(trained: Mapping[str, Tensor]) -> None:
 
 
 def warn_of_frozen(
-    tree: Tree, trained: Iterable[Tensor], layers: Iterable[nn.Module], freeze: bool
+    tree: Tree,
+    anew: Mapping[str, Tensor],
+    trained: Iterable[Tensor],
+    layers: Iterable[nn.Module],
+    freeze: bool,
 ) -> None:
     """Warn of Parameters that ``from_pretrained`` made anew and that are to stay frozen.
 
     Args:
         tree: the model.
+        anew: what `made_anew` gives.
         trained: the Parameters that are trained.
         layers: the adapted layers, whose base is saved with them.
         freeze: whether every other Parameter is to be frozen.
@@ -80,11 +102,21 @@ def warn_of_frozen(
     for layer in layers:
         kept |= set(map(id, layer._parameters.values()))
     frozen = []
-    for name, parameter in made_anew(tree).items():
+    for name, parameter in anew.items():
         if id(parameter) not in kept and (freeze or not parameter.requires_grad):
             frozen.append(name)
     if frozen:
-        tops = dict.fromkeys(named(name.rpartition(".")[0]) for name in frozen)
-        text = f"from_pretrained made {some(frozen)} anew, since the checkpoint lacks them, and "
-        text += f"they stay frozen at random values. trainable={list(tops)} trains them"
+        text = f"from_pretrained did not read {some(frozen)} from the checkpoint. They stay frozen "
+        text += f"as they were initialised. trainable={_shortest(tree, frozen)} trains them"
         warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def _shortest(tree: Tree, names: list[str]) -> list[str]:
+    """Targets that match these Parameters and no others: a module stands for all that it holds."""
+    left, found = set(names), []
+    for name, module in tree.of_type(nn.Module).items():
+        held = {joined(name, key) for key, _ in module.named_parameters()}
+        if name and held and held <= left:
+            found.append(name)
+            left -= held
+    return found + sorted(left)

@@ -128,8 +128,10 @@ class Tree:
     @cached_property
     def times_held(self) -> Counter[int]:
         """By id, in how many places the modules of the model hold each module."""
-        held = (child for module in self.unique for child in module._modules.values())
-        return Counter(id(child) for child in held)
+        found: Counter[int] = Counter()
+        for module in self.unique:
+            found.update(map(id, module._modules.values()))
+        return found
 
     @cached_property
     def pretrained(self) -> dict[str, nn.Module]:

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from miss import adapter_parameters, inject
+from tests.strategies import OPTIONS
+
 
 class Attention(nn.Module):
     """Attention with projections of its own, by the names that transformers uses."""
@@ -67,6 +70,38 @@ class Decoder(nn.Module):
 
 
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def perturb(model: nn.Module) -> None:
+    """Random values in every D."""
+    for d in adapter_parameters(model):
+        nn.init.normal_(d)
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Other values in all that training changes."""
+    perturb(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] in ("running_mean", "running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def adapted_decoder(method: str = "misse", **options: object) -> Decoder:
+    torch.manual_seed(0)
+    model = inject(Decoder(**options), "all-linear", rank=2, **OPTIONS[method])
+    perturb(model)
+    return model
+
+
+def switched_on(model: nn.Module) -> set[str]:
+    """The Parameters that require grad, without D."""
+    named = model.named_parameters()
+    return {name for name, p in named if p.requires_grad and not name.endswith("miss_D")}
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

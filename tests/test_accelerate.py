@@ -36,8 +36,8 @@ from miss import (
     unmerge,
     verify,
 )
-from tests.models import TOKENS, Decoder, snapshot
-from tests.test_trainer import TEXTS, causal_lm
+from tests.models import TOKENS, Decoder, perturb, snapshot
+from tests.pretrained import TEXTS, llama
 
 CPU = torch.device("cpu")
 TARGETS = ["q_proj", "layers.0.mlp.0", "layers.1.mlp.2"]
@@ -341,8 +341,7 @@ def test_a_layer_whose_weights_are_offloaded_is_refused(name: str, tmp_path: pat
     torch.manual_seed(0)
     base = Decoder()
     adapted = inject(copy.deepcopy(base), "q_proj", rank=2)
-    for d in adapter_parameters(adapted):
-        nn.init.normal_(d)
+    perturb(adapted)
     save(adapted, tmp_path / "adapter.pt")
     model = copy.deepcopy(base)
     model.extra = nn.Linear(4, 4)  # outside of what is offloaded
@@ -374,8 +373,7 @@ def test_offload_after_injection_is_not_silent(name: str, tmp_path: pathlib.Path
     torch.manual_seed(0)
     base = Decoder()
     model = inject(copy.deepcopy(base), TARGETS, rank=2)
-    for d in adapter_parameters(model):
-        nn.init.normal_(d)
+    perturb(model)
     tuned, want = model(TOKENS), [d.detach().clone() for d in adapter_parameters(model)]
     OFFLOADS[name](model.layers if "_" in name else model, tmp_path)
     assert torch.equal(model(TOKENS), tuned)
@@ -413,7 +411,7 @@ def test_only_what_a_hook_reaches_is_offloaded():
 @methods
 @pytest.mark.filterwarnings("ignore:Attempting to save")
 def test_a_device_map_of_transformers(method: str, tmp_path: pathlib.Path):
-    base = causal_lm()
+    base = llama()
     base.save_pretrained(tmp_path / "base")
     parts = ["model.layers", "model.norm", "model.rotary_emb", "lm_head"]
     places = dict.fromkeys(parts, "cpu") | {"model.embed_tokens": "disk"}

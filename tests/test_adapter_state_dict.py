@@ -19,10 +19,8 @@ from miss import (
     load_adapter_state_dict,
     merge,
 )
-from tests.models import snapshot
+from tests.models import adapted_decoder, perturb, snapshot
 from tests.strategies import DTYPES, Case, cases
-from tests.test_adapters import adapted_decoder
-from tests.test_inject import perturb
 
 
 def test_state_dicts_are_copies_and_go_back():

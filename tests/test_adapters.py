@@ -19,16 +19,8 @@ from miss import (
     summary,
     verify,
 )
-from tests.models import TOKENS, Decoder
+from tests.models import TOKENS, Decoder, adapted_decoder, perturb
 from tests.strategies import OPTIONS, methods
-from tests.test_inject import perturb
-
-
-def adapted_decoder(method: str = "misse", **options: object) -> Decoder:
-    torch.manual_seed(0)
-    model = inject(Decoder(**options), "all-linear", rank=2, **OPTIONS[method])
-    perturb(model)
-    return model
 
 
 def test_summary_counts():

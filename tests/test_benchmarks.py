@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import layer_cost
 import model_cost
-from layer_cost import BASE, LORA, OURS, PEER, Shape
+from layer_cost import BASE, LORA, OURS, PEER, SIGNS, Shape
 from measure import interleaved, peak_bytes, ratios
 from miss import adapted_modules
 
@@ -27,8 +27,9 @@ def test_layer_cost_reports_every_competitor():
     rows = list(layer_cost.steps([Shape(96, 80)], [5], 2))
     [row] = rows
     names = [name for name in row["results"] if name != BASE]
-    assert {OURS, PEER, LORA} < set(names)
-    assert row["results"][OURS]["saved"] == 5 * 64 * 4
+    assert {OURS, SIGNS, PEER, LORA} < set(names)
+    assert row["results"][OURS]["saved"] == row["results"][SIGNS]["saved"] == 5 * 64 * 4
+    assert row["results"][OURS]["peak"] == row["results"][SIGNS]["peak"]
     assert row["results"][LORA]["saved"] > row["results"][OURS]["saved"]
     assert row["results"][BASE]["peak"] == 5 * (96 + 80) * 4
     text = layer_cost.report("Step", rows, names) + layer_cost.report_bytes(rows, names)

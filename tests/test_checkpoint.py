@@ -33,10 +33,8 @@ from miss import (
     unmerge,
 )
 from tests.installed import ENVIRONMENT
-from tests.models import TOKENS, Decoder, snapshot
+from tests.models import TOKENS, Decoder, adapted_decoder, perturb, snapshot
 from tests.strategies import DTYPES, Case, cases
-from tests.test_adapters import adapted_decoder
-from tests.test_inject import perturb
 
 suffixes = pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from miss import CheckpointError, adapter_state_dict, inject, load, save
 from tests.installed import ENVIRONMENT
-from tests.models import snapshot
-from tests.test_inject import perturb
+from tests.models import perturb, snapshot
 
 suffixes = pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 

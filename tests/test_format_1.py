@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from miss import CheckpointError, adapted_modules, adapter_state_dict, disabled, inject, load, save
 from tests import reference
-from tests.models import snapshot
-from tests.test_inject import perturb
+from tests.models import perturb, snapshot
 
 suffixes = pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from miss import MiSSeLinear, MiSSLinear, adapted_modules, adapter_parameters, eject, inject, merge
-from tests.models import snapshot
-from tests.test_trainer import TEXTS, causal_lm
+from tests.models import perturb, snapshot
+from tests.pretrained import TEXTS, llama
 
 
 class Injects(transformers.LlamaForCausalLM):
@@ -71,15 +71,14 @@ def _uninitialised_memory_is_nan():
 
 @pytest.fixture
 def base(tmp_path: pathlib.Path) -> tuple[nn.Module, str]:
-    model = causal_lm()
+    model = llama()
     model.save_pretrained(tmp_path / "base")
     return model.eval(), str(tmp_path / "base")
 
 
 def filled(model: nn.Module) -> list[Tensor]:
     """Random values in every D; their copies."""
-    for d in adapter_parameters(model):
-        nn.init.normal_(d)
+    perturb(model)
     return [d.detach().clone() for d in adapter_parameters(model)]
 
 
@@ -89,6 +88,8 @@ def assert_ds(model: nn.Module, expected: list[Tensor]):
     for d, want in zip(ds, expected):
         assert d.requires_grad
         assert torch.equal(d, want.to(d.dtype))
+    for layer in adapted_modules(model).values():
+        assert not any(p.requires_grad for p in (layer.weight, layer.bias) if p is not None)
 
 
 @pytest.mark.parametrize("option", sorted(OPTIONS))
@@ -111,8 +112,7 @@ def test_d_is_zero_from_the_plain_base_and_the_trained_one_from_its_own(
     again = cls.from_pretrained(tmp_path / "own", **options).eval()
     assert_ds(again, trained)
     assert torch.equal(again(TEXTS).logits, want)
-    plain = {key for layer in adapted_modules(again).values() for key in vars(layer)}
-    assert "_miss_unset" not in plain
+    assert not any("_miss_unset" in vars(layer) for layer in adapted_modules(again).values())
 
 
 def test_a_mismatched_d_is_zero(base: tuple[nn.Module, str], tmp_path: pathlib.Path):

@@ -21,15 +21,10 @@ from miss import (
     verify,
 )
 from miss.parents import keep_slow_path
-from tests.models import TOKENS, Decoder, snapshot
+from tests.models import TOKENS, Decoder, perturb, snapshot
 from tests.strategies import FORMS, OPTIONS, methods
 
 LINEAR_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj", "mlp.0", "mlp.2", "lm_head"]
-
-
-def perturb(model: nn.Module) -> None:
-    for d in adapter_parameters(model):
-        nn.init.normal_(d)
 
 
 @given(
@@ -203,13 +198,13 @@ def test_freezing():
     assert all(p.requires_grad for p in free.parameters())
     frozen = Decoder().requires_grad_(False)
     inject(frozen, "q_proj", rank=2, trainable="norm")
-    for trainable, name in (("*.2.bias", "layers.0.mlp.2.bias"), ("embed.weight", "embed.weight")):
-        inject(
-            frozen, "k_proj" if name == "embed.weight" else "v_proj", rank=2, trainable=trainable
-        )
-        assert frozen.get_parameter(name).requires_grad  # switched on in later calls too
+    inject(frozen, "v_proj", rank=2, trainable="*.2.bias")  # later calls switch on too
+    assert frozen.get_parameter("layers.0.mlp.2.bias").requires_grad
+    inject(frozen, "k_proj", rank=2, trainable="embed.weight")
+    assert frozen.get_parameter("embed.weight").requires_grad
     on = {name for name, p in frozen.named_parameters() if p.requires_grad and "miss_D" not in name}
-    norms = {f"layers.{i}.norm.{key}" for i in (0, 1) for key in ("weight", "bias")}
+    norms = {"layers.0.norm.weight", "layers.0.norm.bias"}
+    norms |= {"layers.1.norm.weight", "layers.1.norm.bias"}
     assert on == norms | {"layers.0.mlp.2.bias", "layers.1.mlp.2.bias", "embed.weight"}
 
 

@@ -28,8 +28,8 @@ from miss import (
     save,
     unmerge,
 )
+from tests.models import perturb
 from tests.test_architectures import MODELS
-from tests.test_inject import perturb
 
 
 def minilm() -> nn.Module:

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miss import StateError, inject, interop
-from tests.models import snapshot
-from tests.test_inject import perturb
+from miss import StateError, inject, interop, load, save
+from tests.models import perturb, snapshot, switched_on
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -72,24 +71,28 @@ def test_peft_reads_what_is_trained_besides(
     if writer == "peft":
         with pytest.warns(UserWarning, match="running statistics are not written.*running_mean"):
             interop.peft.save(model, tmp_path / "default")
-        one, two = (
-            load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "default")
-        )
-        assert set(two) <= set(one)
+        given = load_file(tmp_path / "adapter_model.safetensors")
+        by_default = load_file(tmp_path / "default" / "adapter_model.safetensors")
+        assert set(by_default) <= set(given)
         fresh = copy.deepcopy(base).requires_grad_(False)
         ours = interop.peft.load(fresh, tmp_path)
         torch.testing.assert_close(ours(X), model(X), rtol=1e-5, atol=1e-5)
-        named = [key for name in modules or () for key in (f"{name}.weight", f"{name}.bias")]
-        flags = {key for key, p in ours.named_parameters() if p.requires_grad}
-        assert {key for key in flags if not key.endswith("miss_D")} == set(named)
+        whole: set[str] = set()
+        for name in modules or ():
+            whole |= {f"{name}.weight", f"{name}.bias"}
+        assert switched_on(ours) == switched_on(model) | whole
 
 
 @pytest.mark.parametrize("save_", WRITERS.values())
 @pytest.mark.parametrize(
     ("targets", "trainable", "message"),
     [
-        ("body.*", "shift", r"shift: PEFT saves whole modules .*\n.*\(model\)\n  do: .*extra=\(\)"),
-        (["body.0", "pre_head"], "head", r"pre_head: holds adapters.*ends of names\n.*\['head'\]"),
+        ("body.*", "shift", r"\(model\): PEFT cannot .* it holds adapters\n.*\n  do: .*extra=\(\)"),
+        (
+            ["body.0", "pre_head"],
+            "head",
+            r"pre_head: .* it holds adapters\n.*\['head'\], in one of which its name ends\n",
+        ),
     ],
 )
 def test_what_peft_cannot_hold(tmp_path: pathlib.Path, save_, targets, trainable, message: str):
@@ -97,6 +100,49 @@ def test_what_peft_cannot_hold(tmp_path: pathlib.Path, save_, targets, trainable
     with pytest.raises(StateError, match=message):
         save_(model, tmp_path / "a", extra=trainable)
     assert not (tmp_path / "a").exists()
+
+
+def test_what_peft_cannot_wrap(tmp_path: pathlib.Path):
+    model = Rater()
+    model.gains = nn.ParameterList([nn.Parameter(torch.ones(2, 2))])
+    model.again = model.norm
+    model.twin = nn.Linear(6, 3)
+    model.twin.weight = model.head.weight
+    inject(model, "body.*", rank=2, trainable=["gains", "norm", "head", "twin"])
+    for extra, message in (
+        ("gains", "gains: PEFT cannot .* it is a ParameterList"),
+        ("norm", "norm: PEFT cannot .* under two names"),
+        (
+            "head",
+            r"head\.weight: is tied to .*\n.*twin\.weight\n  do: .*'head\.weight', 'twin\.weight'",
+        ),
+    ):
+        with pytest.raises(StateError, match=message):
+            interop.peft.save(model, tmp_path / "a", extra=extra)
+    assert not (tmp_path / "a").exists()
+    interop.peft.save(model, tmp_path, extra=["head", "twin"])
+
+
+def test_a_container_is_saved_with_its_buffers(tmp_path: pathlib.Path):
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.bn = nn.Linear(6, 2), nn.BatchNorm1d(6, affine=False)
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.bn(x) - self.mean)
+
+    base = nn.Sequential(nn.Linear(6, 6), Head()).eval()
+    model = trained(copy.deepcopy(base), "0", trainable="1")
+    model[1].mean += 1
+    model[1].bn.running_mean += 1
+    interop.peft.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["1"]
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), model(X), rtol=1e-5, atol=1e-5)
+    save(model, tmp_path / "a.pt")
+    assert torch.equal(load(copy.deepcopy(base), tmp_path / "a.pt").eval()(X), model(X))
 
 
 @pytest.mark.filterwarnings("ignore:running statistics")

@@ -16,8 +16,8 @@ from torch import nn
 from miss import MiSSLinear, adapted_modules, adapter_parameters, inject, interop, merge, unmerge
 from miss.interop.peft_files import base_config
 from miss.tree import Tree
+from tests.models import perturb
 from tests.strategies import OPTIONS
-from tests.test_inject import perturb
 from tests.test_interop import REAL, Classifier, base_and_targets, output
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from miss import StateError, inject, merge, unmerge
-from tests.test_inject import perturb
-from tests.test_trained import TOKENS, bert, llama
-from tests.test_trainer import causal_lm, trainer
+from tests.models import perturb
+from tests.pretrained import TEXTS, bert, llama
+from tests.test_trainer import trainer
 
 
 def adapted(model: nn.Module, method: str) -> nn.Module:
@@ -30,12 +30,12 @@ def test_save_pretrained_writes_the_merged_model(
     model = adapted(make(), method)
     kind = type(make())
     merge(model)
-    expected = model(TOKENS).logits
+    expected = model(TEXTS).logits
     model.save_pretrained(tmp_path, max_shard_size=shard)
     plain, report = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    assert torch.equal(plain.eval()(TOKENS).logits, expected)
+    assert torch.equal(plain.eval()(TEXTS).logits, expected)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "4KB")
 
 
@@ -46,7 +46,7 @@ def test_torch_save_writes_the_merged_model(tmp_path: pathlib.Path, method: str)
     merge(model)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     base.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(base(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(base(TEXTS).logits, model(TEXTS).logits)
 
 
 @pytest.mark.parametrize("method", ["misse", "miss"])
@@ -54,7 +54,7 @@ def test_torch_save_writes_the_merged_model(tmp_path: pathlib.Path, method: str)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_best_model_of_a_trainer_never_has_a_delta_twice(tmp_path: pathlib.Path, method: str):
     """A checkpoint that was written while merged, and the Trainer's own way to load the best."""
-    model = adapted(causal_lm(), method)
+    model = adapted(llama(), method)
     tokens = torch.arange(6)[None]
     expected = model.eval()(tokens).logits
     work = trainer(model, tmp_path, max_steps=1)

@@ -12,10 +12,8 @@ from torch import nn
 from miss import MiSSeLinear, StateError, disabled, eject, inject, merge, unmerge, verify
 from miss.merging import refuse_loading
 from tests import reference
-from tests.models import TOKENS, Decoder, snapshot
+from tests.models import TOKENS, Decoder, adapted_decoder, perturb, snapshot
 from tests.strategies import DTYPES, Case, cases, methods, tolerance
-from tests.test_adapters import adapted_decoder
-from tests.test_inject import perturb
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -20,7 +20,7 @@ from transformers import Trainer
 import miss
 from miss import CheckpointError, MissError, ShapeError, StateError, TargetError, interop
 from miss.layers.linear import LinearHost
-from tests.models import TOKENS, Decoder, snapshot
+from tests.models import TOKENS, Decoder, perturb, snapshot
 
 TARGETS = ["q_proj", "v_proj"]
 Q = "layers.0.self_attn.q_proj"
@@ -33,8 +33,7 @@ def base(seed: int = 0, **sizes: int) -> nn.Module:
 
 def adapted(targets: Any = TARGETS, **settings: Any) -> nn.Module:
     model = miss.inject(base(), targets, **{"rank": 4} | settings)
-    for d in miss.adapter_parameters(model):
-        nn.init.normal_(d)
+    perturb(model)
     return model
 
 
@@ -57,16 +56,36 @@ class Odd(nn.Module):
         return self.fc(x)
 
 
-def reweighed() -> nn.Module:
+def merged_then_reweighted() -> nn.Module:
     model = merged()
     model.get_submodule(Q).weight = nn.Parameter(torch.ones(4, 4))
     return model
 
 
-def reclassed() -> nn.Module:
+def parametrized() -> nn.Module:
     model = adapted()
     nn.utils.parametrize.register_parametrization(model.get_submodule(Q), "miss_D", nn.Identity())
     return model
+
+
+def another_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8))
+
+
+def wrapped() -> nn.Module:
+    return nn.ModuleDict({"model": base()})
+
+
+def wide() -> nn.Module:
+    return base(width=16)
+
+
+def other_weights() -> nn.Module:
+    return base(3)
+
+
+def other_layers() -> nn.Module:
+    return adapted("q_proj")
 
 
 def peft_model(config: Callable[..., Any], **settings: Any) -> nn.Module:
@@ -124,7 +143,7 @@ def label(value: object) -> str:
 
 
 def targeting(target: Any, *texts: str, model: Any = base, **options: Any) -> Mistake:
-    """A target that is none."""
+    """A target, or another argument in ``options``, that matches nothing it may."""
     name = f"target {label(target)}"
     settings = {"rank": 4} | options
     return Mistake(name, lambda m, _: miss.inject(m, target, **settings), TargetError, texts, model)
@@ -144,6 +163,7 @@ def loading(file: str, *texts: str, model: Any = base, read: Any = miss.load) ->
 
 
 def swapped(name: str, call: Callable[[Any, pathlib.Path], object], given: str) -> Mistake:
+    """Arguments in the wrong order."""
     texts = ("model: must be a module", f"actual:   {given}", "give the model itself, as the first")
     return Mistake(f"swapped, {name}", call, TargetError, texts, adapted)
 
@@ -160,6 +180,41 @@ def of_another(name: str, expected: str, actual: str, **settings: Any) -> Mistak
     )
 
 
+def saving(path: str, *texts: str) -> Mistake:
+    """A path that `save` does not write to."""
+    call = lambda m, f: miss.save(m, f / path)  # noqa: E731
+    return Mistake(f"save to {path!r}", call, CheckpointError, texts, adapted)
+
+
+def combining(name: str, pairs: Callable[[Any, Any], Any], *texts: str) -> Mistake:
+    """What `combine` does not take, made of the states of two models."""
+
+    def call(model: nn.Module, folder: pathlib.Path) -> object:
+        other = adapted("q_proj")
+        return miss.combine(pairs(miss.adapter_state_dict(model), miss.adapter_state_dict(other)))
+
+    return Mistake(f"combine {name}", call, CheckpointError, texts, adapted)
+
+
+def load_state(change: Callable[[nn.Module, pathlib.Path], Any]) -> Callable[..., object]:
+    """The call that loads what ``change`` gives as a state."""
+    return lambda model, folder: miss.load_adapter_state_dict(model, change(model, folder))
+
+
+class Resumed(interop.transformers.AdapterCheckpoints):
+    """The mixin over a Trainer that only holds the model."""
+
+    model: Any
+
+
+def resume(model: nn.Module, folder: pathlib.Path) -> None:
+    trainer = Resumed.__new__(Resumed)
+    trainer.model = model
+    trainer._load_from_checkpoint(str(folder / "checkpoint-1"))
+
+
+# --- what several errors say
+
 UNKNOWN = "targets: unknown form of target"
 NOTHING = "matches nothing"
 NO_ADAPTER = ("the model has no adapter", "miss.inject(model, targets) first")
@@ -168,6 +223,8 @@ SUFFIX = ("unsupported file suffix", ".safetensors (recommended) or .pt")
 AGAIN = "save or copy it again"
 EJECT = "miss.eject(model) first: a model without adapters is injected as the file says"
 SAVED_FROM = "load it into the model whose adapters were saved"
+
+# --- the mistakes
 
 WRONG_TARGETS = [
     targeting("q_porj", NOTHING, "did you mean 'q_proj'"),
@@ -224,9 +281,15 @@ WRONG_SETTINGS = [
     setting(ShapeError, "rank", True, Q, RANK, "rank=True"),
     setting(ShapeError, "rank", {"q_proj": 4}, Q, RANK, "give an int, or rank=lambda"),
     setting(ShapeError, "rank", lambda name, module: None, Q, "rank=None", "rank=lambda"),
-    setting(ShapeError, "method", "lora", "unknown method", "'misse' or 'miss'", "'misse' is the"),
-    setting(ShapeError, "method", "MiSS", "unknown method", "PEFT calls MiSS"),
-    setting(ShapeError, "method", "bone", "unknown method", "(once Bone)"),
+    setting(
+        ShapeError,
+        "method",
+        "bone",
+        "unknown method",
+        "'misse' or 'miss'",
+        "'misse' is the default, which PEFT calls MiSS (once Bone)",
+    ),
+    setting(ShapeError, "method", None, "unknown method", "method=None"),
     setting(ShapeError, "alternate", "yes", "inject: alternate must be True or False", "'yes'"),
     setting(ShapeError, "scale", float("nan"), Q, "scale must be a number", "a finite number"),
     setting(ShapeError, "dropout", 1.0, Q, "dropout must be a prob", "0 <= dropout < 1"),
@@ -236,9 +299,6 @@ WRONG_SETTINGS = [
     ),
     # Python names the keyword; docs/how-to/coming-from.md says what it is called here.
     setting(TypeError, "r", 8, "unexpected keyword argument 'r'"),
-    setting(TypeError, "lora_alpha", 8, "unexpected keyword argument 'lora_alpha'"),
-    setting(TypeError, "target_modules", TARGETS, "unexpected keyword argument 'target_modules'"),
-    setting(TypeError, "modules_to_save", ["lm_head"], "unexpected keyword argument 'modules_to_s"),
 ]
 
 WRONG_MODELS = [
@@ -295,30 +355,6 @@ WHILE_MERGED = {
 }
 
 
-class Resumed(interop.transformers.AdapterCheckpoints):
-    """The mixin over a Trainer that only holds the model."""
-
-    model: Any
-
-
-def resume(model: nn.Module, folder: pathlib.Path) -> None:
-    trainer = Resumed.__new__(Resumed)
-    trainer.model = model
-    trainer._load_from_checkpoint(str(folder / "checkpoint-1"))
-
-
-def combining(name: str, pairs: Callable[[Any, Any], Any], *texts: str) -> Mistake:
-    def call(model: nn.Module, folder: pathlib.Path) -> object:
-        other = adapted("q_proj")
-        return miss.combine(pairs(miss.adapter_state_dict(model), miss.adapter_state_dict(other)))
-
-    return Mistake(f"combine {name}", call, CheckpointError, texts, adapted)
-
-
-def restate(change: Callable[[nn.Module, pathlib.Path], Any]) -> Callable[..., object]:
-    return lambda model, folder: miss.load_adapter_state_dict(model, change(model, folder))
-
-
 PAIRS = ("needs (state, weight) pairs", "miss.combine([(state, 0.5), (other, 0.5)])")
 KEYS = ("the keys are not those of the model", "strict=False loads the keys that fit")
 WRONG_STATES = [
@@ -354,14 +390,14 @@ WRONG_STATES = [
             "(8, 8) of torch.float32 by (4, 4)",
             "miss.eject(model, merge",
         ),
-        reweighed,
+        merged_then_reweighted,
     ),
     Mistake(
         "eject another class",
         lambda m, f: miss.eject(m),
         StateError,
         (f"{Q}: its class was replaced after injection", "expected: MiSSeLinear"),
-        reclassed,
+        parametrized,
     ),
     Mistake(
         "verify without input",
@@ -379,35 +415,35 @@ WRONG_STATES = [
     ),
     Mistake(
         "load_adapter_state_dict of the model's state",
-        restate(lambda m, f: m.state_dict()),
+        load_state(lambda m, f: m.state_dict()),
         CheckpointError,
         ("32 unexpected: embed.weight", *KEYS),
         adapted,
     ),
     Mistake(
         "load_adapter_state_dict of other layers",
-        restate(lambda m, f: miss.adapter_state_dict(adapted("k_proj"))),
+        load_state(lambda m, f: miss.adapter_state_dict(adapted("k_proj"))),
         CheckpointError,
         ("4 missing", "2 unexpected", *KEYS),
         adapted,
     ),
     Mistake(
         "load_adapter_state_dict of a path",
-        restate(lambda m, f: f / "ours.pt"),
+        load_state(lambda m, f: f / "ours.pt"),
         CheckpointError,
         ("the state must be a mapping", "PosixPath", "miss.load(model, path)"),
         adapted,
     ),
     Mistake(
         "load_adapter_state_dict of another rank",
-        restate(lambda m, f: miss.adapter_state_dict(adapted(rank=2))),
+        load_state(lambda m, f: miss.adapter_state_dict(adapted(rank=2))),
         CheckpointError,
         (f"{Q}.miss_D has another shape", "expected: (8, 4)", "inject with the rank"),
         adapted,
     ),
     Mistake(
         "load_adapter_state_dict of another form",
-        restate(lambda m, f: miss.adapter_state_dict(adapted(method="miss"))),
+        load_state(lambda m, f: miss.adapter_state_dict(adapted(method="miss"))),
         CheckpointError,
         (f"{Q}.miss_D: D comes from another form", "inject with method='miss', alternate=False"),
         adapted,
@@ -461,32 +497,6 @@ WRONG_STATES = [
 ]
 
 
-def saving(path: str, *texts: str) -> Mistake:
-    """A path that `save` does not write to."""
-    call = lambda m, f: miss.save(m, f / path)  # noqa: E731
-    return Mistake(f"save to {path!r}", call, CheckpointError, texts, adapted)
-
-
-def far() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 8))
-
-
-def wrapped() -> nn.Module:
-    return nn.ModuleDict({"model": base()})
-
-
-def wide() -> nn.Module:
-    return base(width=16)
-
-
-def other_seed() -> nn.Module:
-    return base(3)
-
-
-def other_layers() -> nn.Module:
-    return adapted("q_proj")
-
-
 PEFT = interop.peft.load
 WRONG_FILES = [
     saving("new", *SUFFIX, "new.safetensors')"),
@@ -508,10 +518,10 @@ WRONG_FILES = [
     loading("cut_ours.pt", "cannot be read", AGAIN),
     loading("cut_ours.safetensors", "cannot be read", AGAIN),
     loading("newer.pt", "a newer version", "format 2 or lower", "install a newer version"),
-    loading("ours.pt", f"no module '{Q}'", SAVED_FROM, model=far),
+    loading("ours.pt", f"no module '{Q}'", SAVED_FROM, model=another_model),
     loading("ours.pt", f"no module '{Q}'", "load it into the model's part 'model'", model=wrapped),
     loading("ours.pt", f"weight of module '{Q}' has another shape", SAVED_FROM, model=wide),
-    loading("ours.pt", "has other weights than", "pass any_base=True", model=other_seed),
+    loading("ours.pt", "has other weights than", "pass any_base=True", model=other_weights),
     loading("ours.pt", "2 unexpected: ", EJECT, model=other_layers),
     of_another("rank", "2", "4", rank=2),
     of_another("method", "miss", "misse", method="miss"),
@@ -524,7 +534,9 @@ WRONG_FILES = [
     loading("none", "there is no such directory", "nothing is downloaded", read=PEFT),
     loading("checkpoint-1", "has no adapter_config.json", "that PEFT wrote with", read=PEFT),
     loading("peft", "does not fit r", "load it into the model that PEFT", model=wide, read=PEFT),
-    loading("peft", f"no module '{Q}'", "the model that PEFT adapted", model=far, read=PEFT),
+    loading(
+        "peft", f"no module '{Q}'", "the model that PEFT adapted", model=another_model, read=PEFT
+    ),
     Mistake(
         "interop.peft.save of miss",
         lambda m, f: interop.peft.save(m, f / "new"),
@@ -550,7 +562,7 @@ WRONG_FILES = [
         "interop.lora.save of what is trained besides",
         lambda m, f: interop.lora.save(m, f / "new"),
         StateError,
-        ("something is trained besides adapters", "layers.0.norm.bias", "extra=() leaves it out"),
+        ("more than adapters is to be saved", "layers.0.norm.bias", "extra=() leaves it out"),
         lambda: adapted(trainable="norm"),
     ),
 ]

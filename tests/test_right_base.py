@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from miss import CheckpointError, inject, load, merge, save
-from tests.models import snapshot
-from tests.test_trained import bert, fill, llama
+from tests.models import fill, snapshot
+from tests.pretrained import bert, llama
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -107,6 +107,21 @@ def test_an_adapted_weight_that_is_tied_counts_under_every_name(tmp_path: pathli
     nn.init.normal_(other.lm_head.weight)
     with pytest.raises(CheckpointError, match=r"actual: +model\.embed_tokens\.weight"):
         load(other, path)
+
+
+def test_a_tie_of_the_file_is_compared_name_by_name(tmp_path: pathlib.Path):
+    base = llama()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    path = saved(tmp_path, base, "q_proj")
+    untied = copy.deepcopy(base)
+    untied.lm_head.weight = nn.Parameter(base.lm_head.weight + 1.0, requires_grad=False)
+    with pytest.warns(UserWarning, match=r"other values of lm_head\.weight$"):
+        load(untied, path)
+    path = saved(tmp_path, base, "lm_head")
+    untied = copy.deepcopy(base)
+    untied.lm_head.weight = nn.Parameter(base.lm_head.weight + 1.0, requires_grad=False)
+    with pytest.raises(CheckpointError, match=r"actual: +lm_head\.weight\n"):
+        load(untied, path)
 
 
 def test_what_the_file_holds_is_not_asked(tmp_path: pathlib.Path):

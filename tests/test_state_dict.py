@@ -29,10 +29,8 @@ from miss import (
     merge,
     unmerge,
 )
-from tests.models import TOKENS, Decoder, snapshot
+from tests.models import TOKENS, Decoder, adapted_decoder, perturb, snapshot
 from tests.strategies import OPTIONS, methods
-from tests.test_adapters import adapted_decoder
-from tests.test_inject import perturb
 
 FULL = StateDictOptions(full_state_dict=True)
 NOT_STRICT = StateDictOptions(full_state_dict=True, strict=False)

@@ -1,5 +1,6 @@
 """What is trained besides adapters: switched on, saved, and brought back."""
 
+import copy
 import pathlib
 import warnings
 
@@ -10,56 +11,25 @@ from torch import nn
 
 from benchmarks.quickstart import folder
 from miss import (
+    CheckpointError,
     StateError,
     TargetError,
     adapter_state_dict,
+    eject,
     inject,
+    interop,
     load,
     merge,
     save,
     summary,
 )
-from tests.models import snapshot
-from tests.test_inject import perturb
-
-SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": 31}
-SIZES |= {"num_attention_heads": 2}
-TOKENS = torch.arange(12).reshape(2, 6)
-
-
-def bert(seed: int = 0, kind: type = transformers.BertForSequenceClassification) -> nn.Module:
-    torch.manual_seed(seed)
-    return kind(transformers.BertConfig(**SIZES, pad_token_id=0)).eval()
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=1)
-    return transformers.LlamaForCausalLM(config).eval()
+from tests.models import fill, snapshot, switched_on
+from tests.pretrained import TEXTS, bert, llama
 
 
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.LayerNorm(6))
-
-
-def on(model: nn.Module) -> set[str]:
-    """The Parameters that require grad, without D."""
-    named = model.named_parameters()
-    return {name for name, p in named if p.requires_grad and not name.endswith("miss_D")}
-
-
-def fill(model: nn.Module) -> nn.Module:
-    """Other values in all that training changes."""
-    perturb(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-        for name, buffer in model.named_buffers():
-            if name.rpartition(".")[2] in ("running_mean", "running_var"):
-                buffer.uniform_(0.5, 1.5)
-    return model
 
 
 # --- flags
@@ -80,9 +50,9 @@ def fill(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("freeze", [True, False])
 def test_trainable_is_switched_on_in_every_call(trainable, expected: set[str], freeze: bool):
     model = inject(stack().requires_grad_(False), "0", rank=2, trainable=trainable, freeze=freeze)
-    assert on(model) == expected
+    assert switched_on(model) == expected
     later = inject(stack().requires_grad_(False), "0", rank=2)
-    assert on(inject(later, "2", rank=2, trainable=trainable, freeze=freeze)) == expected
+    assert switched_on(inject(later, "2", rank=2, trainable=trainable, freeze=freeze)) == expected
 
 
 @pytest.mark.parametrize(
@@ -127,10 +97,10 @@ def test_all_that_training_changes_comes_back(tmp_path: pathlib.Path, merged: bo
     save(model, tmp_path / "a.pt")
     loaded = load(stack().requires_grad_(False), tmp_path / "a.pt").eval()
     assert torch.equal(loaded(x), expected)
-    assert on(loaded) == {"3.weight", "3.bias", "2.bias", "1.bias"}
+    assert switched_on(loaded) == {"3.weight", "3.bias", "2.bias", "1.bias"}
     again = inject(stack(), ["0", "2"], rank=2)
     assert torch.equal(load(again, tmp_path / "a.pt").eval()(x), expected)
-    assert on(again) == on(loaded)
+    assert switched_on(again) == switched_on(loaded)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +129,75 @@ def test_a_model_that_was_not_frozen_comes_back_whole(tmp_path: pathlib.Path):
         warnings.simplefilter("error")  # the file holds its base, so it fits any
         loaded = load(other, tmp_path / "a.pt")
     assert torch.equal(loaded.eval()(x), model.eval()(x))
-    assert on(loaded) == on(model) == set(dict(stack().named_parameters()))
+    assert switched_on(loaded) == switched_on(model) == set(dict(stack().named_parameters()))
+
+
+@pytest.mark.parametrize("again", ["frozen", "adapted", "copied", "loaded", "from peft"])
+def test_what_was_trained_is_written_whatever_its_flag_is_now(tmp_path: pathlib.Path, again: str):
+    model = fill(inject(stack(), "0", rank=2, trainable=["3", "*.bias"]))
+    x = torch.randn(4, 6)
+    if again == "frozen":
+        model.requires_grad_(False)
+    if again == "adapted":
+        fill(inject(model, "2", rank=2))
+        assert switched_on(model) == {"0.bias", "1.bias", "2.bias", "3.weight", "3.bias"}
+    if again == "copied":
+        model = copy.deepcopy(model.requires_grad_(False))
+    if again == "loaded":
+        save(model, tmp_path / "first.pt")
+        model = load(stack(), tmp_path / "first.pt").requires_grad_(False)
+    if again == "from peft":
+        interop.peft.save(model, tmp_path, extra=["3", "*.bias"])
+        model = interop.peft.load(stack(), tmp_path)
+        assert switched_on(model) >= {"0.bias", "1.bias", "2.bias", "3.weight", "3.bias"}
+    save(model, tmp_path / "a.pt")
+    loaded = load(stack(), tmp_path / "a.pt")
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert switched_on(loaded) == switched_on(model)
+    assert not any("_miss_kept" in vars(module) for module in eject(model).modules())
+
+
+def test_after_a_part_was_ejected_the_model_is_frozen_again():
+    model = nn.Sequential(stack(), nn.Linear(6, 6))
+    eject(inject(model, "0.0", rank=2)[0])
+    assert switched_on(inject(model.requires_grad_(True), "1", rank=2)) == set()
+    outer = nn.Sequential(inject(stack(), "0", rank=2, trainable="3"), nn.Linear(6, 6))
+    assert switched_on(inject(outer, "1", rank=2)) == {"0.3.weight", "0.3.bias"}
+
+
+def test_buffers_may_be_infinite_or_empty_and_not_nan(tmp_path: pathlib.Path):
+    def make() -> nn.Module:
+        model = stack()
+        model[3].register_buffer("mask", torch.full((6,), -torch.inf))
+        model[3].register_buffer("queue", torch.zeros(0))
+        return model
+
+    model = inject(make(), "0", rank=2, trainable="3")
+    model[3].mask[0] = 0
+    save(model, tmp_path / "a.pt")
+    loaded = load(make(), tmp_path / "a.pt")
+    assert torch.equal(loaded[3].mask, model[3].mask)
+    model[3].mask[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"3\.mask has elements that are not finite"):
+        save(model, tmp_path / "a.pt")
+
+
+def test_tensors_of_inference_mode_and_of_lazy_layers(tmp_path: pathlib.Path):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(StateError, match=r"1\.weight: cannot be trained.*\n.*inference mode"):
+        inject(model, "0", rank=2, trainable="1")
+    assert all(p.requires_grad for p in model[0].parameters())
+    path = tmp_path / "a.pt"
+    save(inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "0", rank=2, trainable="1"), path)
+    with pytest.raises(CheckpointError, match=r"1\.\w+ of the model has no shape yet\n  do: +run"):
+        load(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), path)
+    lazy = inject(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), "0", rank=2, trainable="1")
+    with pytest.raises(
+        CheckpointError, match=r"1\.\w+ has no shape yet\n  do: +run the model once"
+    ):
+        save(lazy, path)
 
 
 # --- heads of transformers
@@ -168,28 +206,38 @@ def test_a_model_that_was_not_frozen_comes_back_whole(tmp_path: pathlib.Path):
 def test_a_head_is_trained_whatever_the_targets(tmp_path: pathlib.Path):
     for targets in ("query", "all-linear"):
         model = inject(bert().requires_grad_(False), targets, rank=2)
-        assert on(model) == {"classifier.weight", "classifier.bias"}
+        assert switched_on(model) == {"classifier.weight", "classifier.bias"}
         inject(model, "key", rank=2) if targets == "query" else None
         assert "also trainable: classifier (26)" in str(summary(model))
     fill(model)
     save(model, tmp_path / "a.safetensors")
     again = load(bert().requires_grad_(False), tmp_path / "a.safetensors")
-    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
-    assert on(again) == on(model)
-    assert on(inject(bert().requires_grad_(False), "query", rank=2, freeze=False)) == set()
-    assert on(inject(llama(), "q_proj", rank=2)) == set()
+    assert torch.equal(again(TEXTS).logits, model(TEXTS).logits)
+    assert switched_on(again) == switched_on(model)
+    assert switched_on(inject(bert().requires_grad_(False), "query", rank=2, freeze=False)) == set()
+    assert switched_on(inject(llama(), "q_proj", rank=2)) == set()
+
+
+def test_a_head_that_is_not_to_be_trained(tmp_path: pathlib.Path):
+    both = nn.ModuleDict({"teacher": bert().requires_grad_(False), "student": bert(1).bert})
+    assert switched_on(inject(both, "student.*.query", rank=2)) == set()
+    model = inject(bert(), "query", rank=2)
+    model.classifier.requires_grad_(False)
+    save(model, tmp_path / "a.pt")
+    load(model, tmp_path / "a.pt")
+    assert switched_on(model) == set()  # a model with adapters keeps its flags
 
 
 @pytest.mark.parametrize("form", ["misse", "miss"])
 def test_an_adapted_head_comes_back_with_its_weight(tmp_path: pathlib.Path, form: str):
     model = fill(inject(bert(), ["query", "classifier"], rank=2, method=form))
-    assert on(model) == set()
+    assert switched_on(model) == set()
     save(model, tmp_path / "a.safetensors")
     other = bert()
     nn.init.normal_(other.classifier.weight)  # another random head
     again = load(other, tmp_path / "a.safetensors")
-    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
-    assert on(again) == set()
+    assert torch.equal(again(TEXTS).logits, model(TEXTS).logits)
+    assert switched_on(again) == set()
 
 
 def test_what_from_pretrained_made_anew_is_warned_of_or_saved(tmp_path: pathlib.Path):
@@ -199,9 +247,9 @@ def test_what_from_pretrained_made_anew_is_warned_of_or_saved(tmp_path: pathlib.
     def base() -> nn.Module:
         return transformers.BertModel.from_pretrained(tmp_path / "base")
 
-    with pytest.warns(UserWarning, match=r"pooler.* anew.*trainable=\['pooler\.dense'\]"):
+    with pytest.warns(UserWarning, match=r"did not read pooler.*trainable=\['pooler'\]"):
         inject(base(), "query", rank=2)
-    assert on(inject(base(), "query", rank=2, trainable="pooler")) == {
+    assert switched_on(inject(base(), "query", rank=2, trainable="pooler")) == {
         "pooler.dense.weight",
         "pooler.dense.bias",
     }
@@ -210,7 +258,9 @@ def test_what_from_pretrained_made_anew_is_warned_of_or_saved(tmp_path: pathlib.
     other = base()
     assert not torch.equal(other.pooler.dense.weight, model.pooler.dense.weight)
     again = load(other, tmp_path / "a.safetensors")
-    assert torch.equal(again(TOKENS).pooler_output, model(TOKENS).pooler_output)
+    assert torch.equal(again(TEXTS).pooler_output, model(TEXTS).pooler_output)
+    save(copy.deepcopy(model), tmp_path / "copy.pt")  # a copy has lost transformers' marks
+    assert torch.equal(load(base(), tmp_path / "copy.pt")(TEXTS)[0], model(TEXTS)[0])
 
 
 def test_a_classifier_comes_back_with_its_accuracy(tmp_path: pathlib.Path):

@@ -14,15 +14,23 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from miss import CheckpointError, StateError, adapted_modules, inject, load, save
+from miss import (
+    CheckpointError,
+    StateError,
+    adapted_modules,
+    adapter_parameters,
+    inject,
+    load,
+    save,
+)
 from miss.interop.transformers import AdapterCheckpoints
+from tests.pretrained import TEXTS, llama
 from tests.processes import on_two_processes
 
 pytestmark = [  # of transformers and accelerate
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-TEXTS = torch.arange(8 * 6).reshape(8, 6) % 31
 BASE = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 
 
@@ -52,15 +60,8 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels[:, 0]), "logits": logits}
 
 
-def causal_lm() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": 31}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
-
-
 def adapted_lm() -> nn.Module:
-    return inject(causal_lm(), "all-linear", rank=2)
+    return inject(llama(), "all-linear", rank=2)
 
 
 def adapted_classifier() -> nn.Module:
@@ -104,7 +105,7 @@ def same(one: Any, two: Any) -> bool:
 
 @pytest.mark.parametrize("method", ["misse", "miss"])
 def test_train_checkpoint_resume_save_and_load(tmp_path: pathlib.Path, method: str):
-    base = causal_lm()
+    base = llama()
     model = inject(copy.deepcopy(base), "all-linear", rank=2, method=method)
     whole = trainer(model, tmp_path / "whole")
     whole.train()
@@ -192,7 +193,7 @@ def test_save_model_writes_the_adapters_and_what_the_trainer_writes_beside_the_m
     for folder in ("end", "run"):
         files = {path.name for path in (tmp_path / folder).iterdir() if path.is_file()}
         assert files == {"adapter.safetensors", "training_args.bin"} | words
-        loaded = load(causal_lm(), tmp_path / folder / "adapter.safetensors").eval()
+        loaded = load(llama(), tmp_path / folder / "adapter.safetensors").eval()
         assert torch.equal(loaded(TEXTS).logits, model.eval()(TEXTS).logits)
 
 
@@ -247,7 +248,7 @@ def test_a_checkpoint_without_adapters_or_with_others_is_an_error_that_says_so(
         with pytest.raises(CheckpointError, match=text):
             run._load_best_model()
 
-    other = inject(causal_lm(), "all-linear", rank=3)
+    other = inject(llama(), "all-linear", rank=3)
     before = copy.deepcopy(dict(other.state_dict()))
     run = trainer(other, tmp_path / "new", AdapterTrainer)
     with pytest.raises(CheckpointError, match=r"the rank of .* is not the model's"):
@@ -273,7 +274,7 @@ def test_what_writes_checkpoints_of_its_own_is_refused_before_training(
 
 def test_a_model_without_adapters_is_refused_before_training(tmp_path: pathlib.Path):
     with pytest.raises(StateError, match=r"^AdapterTrainer: the model has no adapter"):
-        trainer(causal_lm(), tmp_path, AdapterTrainer)
+        trainer(llama(), tmp_path, AdapterTrainer)
 
 
 def test_a_checkpoint_that_is_pushed_has_the_adapters(
@@ -315,7 +316,7 @@ def two_ranks(rank: int, folder: str) -> None:
     again = adapted_lm()
     resumed = trainer(again, root / "again", AdapterTrainer, ddp_backend="gloo")
     resumed.train(resume_from_checkpoint=str(root / "checkpoint-4"))
-    assert any(d.any() for d in (layer.miss_D for layer in adapted_modules(again).values()))
+    assert all(d.any() for d in adapter_parameters(again))
     assert same(dict(again.state_dict()), dict(whole.state_dict()))
     assert not set(BASE) & set(os.listdir(root / "checkpoint-8"))
     state = json.loads((root / "checkpoint-8" / "trainer_state.json").read_text())

@@ -9,8 +9,7 @@ from torch import nn
 import miss
 from miss import interop
 from miss.tree import MOST_NAMES, Tree
-from tests.models import TOKENS, Decoder
-from tests.test_adapters import adapted_decoder
+from tests.models import TOKENS, Decoder, adapted_decoder
 
 
 def calls(folder: pathlib.Path):

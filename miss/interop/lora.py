@@ -1,4 +1,4 @@
-"""MiSS adapters as LoRA adapters, exactly: one factor of each is a frozen 0/1 matrix."""
+"""MiSS adapters as LoRA adapters, exactly: one factor of each is a frozen matrix of 0, 1 and -1."""
 
 import os
 
@@ -23,18 +23,18 @@ def save(
     """Write the adapters as a LoRA directory that PEFT and vLLM load.
 
     The files are ``adapter_config.json`` and ``adapter_model.safetensors``. MiSSe becomes ``B = D``
-    and ``A[j, c] = 1 if c mod r == j else 0``. MiSS becomes ``A = D`` and ``B[o, k] = 1`` if output
-    ``o`` lies in shard ``k``, else 0. So nothing is decomposed and nothing is lost. vLLM needs one
-    rank for all modules, so if ranks differ, the factors are padded with zeros to the largest.
-    ``lora_alpha`` is ``scale * r``. If scales differ, it is ``r``, and each D is multiplied by its
-    scale in fp32 and rounded once.
+    and ``A[j, c] = 1 if c mod r == j else 0``, with the signs of the blocks if they alternate. MiSS
+    becomes ``A = D`` and ``B[o, k] = 1`` if output ``o`` lies in shard ``k``, else 0. So nothing is
+    decomposed and nothing is lost. vLLM needs one rank for all modules, so if ranks differ, the
+    factors are padded with zeros to the largest. ``lora_alpha`` is ``scale * r``. If scales differ,
+    it is ``r``, and each D is multiplied by its scale in fp32 and rounded once.
 
     Args:
         model: an adapted model; not changed.
         directory: made if it is missing; the two files in it are replaced.
         extra: what is written besides adapters, as ``modules_to_save``: modules and Parameters as
             in `miss.save`, or ``()`` for nothing. Most readers of LoRA, such as vLLM, refuse
-            ``modules_to_save``. So None raises if anything is trained besides adapters.
+            ``modules_to_save``, so None raises if anything is trained besides adapters.
 
     Raises:
         StateError: the model has no adapter, something shards it, or it is itself an adapted layer,

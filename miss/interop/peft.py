@@ -14,6 +14,7 @@ from miss.errors import CheckpointError, StateError, at
 from miss.extra import extra_tensors
 from miss.forms import LayerConfig, MiSSe, MiSSeMini
 from miss.functional import scaled
+from miss.heads import head_of
 from miss.interop import peft_config, peft_files
 from miss.layers import path_of
 from miss.layers.linear import LinearHost
@@ -151,8 +152,10 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
                 raise CheckpointError(f"the key {record.key} is unexpected")
             records[record.key] = record
             state[record.key] = rearrange(block, "r o -> o r")
-        trained = [key for key in state if key in others]  # not the base of an adapted layer
-        write_(tree, fit(tree, records, state), trained)
+        extra = set(state) - set(records)
+        # The base of an adapted layer is written if it is a head, or else was trained.
+        untrained = {key for key in head_of(tree) if key not in others}
+        write_(tree, fit(tree, records, state), extra, extra - untrained)
     return model
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from miss.errors import CheckpointError
 from miss.forms import MiSSeMini, is_real
+from miss.interop.peft_files import holders
 from miss.state import named_tensors
 from miss.tree import Tree
 
@@ -84,12 +85,13 @@ def saved_keys(tree: Tree, config: dict[str, Any]) -> list[str]:
     classifier = config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
     heads = {"classifier", "score"} if classifier else set()
     for wanted, found in roots.items():
-        if not found and not (wanted in heads and any(roots.get(head) for head in heads)):
+        other_is_there = wanted in heads and any(map(roots.get, heads))
+        if not found and not other_is_there:
             raise CheckpointError(f"modules_to_save: the model has no module {wanted!r}")
-    tops = [name for found in roots.values() for name in found]
+    tops = set().union(*roots.values())
     keys: list[str] = []
     for name, module in modules.items():
-        if any(name == top or name.startswith(f"{top}.") for top in tops):
+        if not tops.isdisjoint(holders(name)):
             keys += named_tensors(name, module)
     return keys
 
@@ -133,7 +135,7 @@ def _is_target(name: str, config: dict[str, Any]) -> bool:
     layers to transform, the end of a name.
     """
     named, layers = config["target_modules"], config.get("layers_to_transform")
-    saved = any(_matches(part, config.get("modules_to_save")) for part in _parts(name))
+    saved = any(_matches(holder, config.get("modules_to_save")) for holder in holders(name))
     if saved or _matches(name, config.get("exclude_modules")) or not _matches(name, named):
         return False
     if isinstance(named, str) or name in named or layers is None or layers == []:
@@ -157,9 +159,3 @@ def _matches(name: str, named: Any) -> bool:
     if isinstance(named, str):
         return re.fullmatch(named, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in named or [])
-
-
-def _parts(name: str) -> list[str]:
-    """``name`` and the names of the modules that it lies in."""
-    components = name.split(".")
-    return [".".join(components[: n + 1]) for n in range(len(components))]

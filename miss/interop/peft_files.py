@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from miss import files
 from miss.errors import CheckpointError, StateError, at, named, some
+from miss.extra import RUNNING
 from miss.layers.base import AdaptedLayer
 from miss.layers.linear import LinearHost
 from miss.state import named_tensors, own_adapters
 from miss.tensors import contiguous
 from miss.tree import Tree, joined
 
-__all__ = ["PREFIX", "adapted", "aliased", "base_config", "read", "saved_modules", "write"]
+__all__ = ["PREFIX", "adapted", "aliased", "base_config", "holders", "read", "saved_modules"]
+__all__ += ["write"]
 
 PREFIX = "base_model.model."  # of every key
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -97,39 +99,77 @@ def saved_modules(
 
     A `UserWarning` names running statistics of modules that are not saved.
     """
-    holding = tree.holding([*adapted.values(), tree.root])
     tensors: dict[str, Tensor] = {}
     tops: list[str] = []
     running: list[str] = []
     for name, module in tree.of_type(nn.Module).items():
-        wanted = [key for key in named_tensors(name, module) if key in others]
-        parameters = [k for k in module._parameters if joined(name, k) in wanted]
+        wanted = {key.rpartition(".")[2] for key in named_tensors(name, module) if key in others}
         if isinstance(module, AdaptedLayer):
-            for key in parameters:
+            for key in wanted.intersection(module._parameters):
                 tensors[f"{name}.base_layer.{key}"] = others[joined(name, key)]
-        elif parameters and id(module) in holding:
-            with at(joined(name, parameters[0])):
-                rule = "PEFT saves whole modules besides adapters, and this one holds adapters"
-                do = "miss.save(model, path); or pass extra=() or the modules to save"
-                raise StateError(rule, actual=f"a Parameter of {named(name)}", do=do)
-        elif parameters and not any(name.startswith(f"{top}.") for top in tops):
+        elif wanted <= set(RUNNING):
+            running += [joined(name, key) for key in wanted]
+        elif not name.startswith(tuple(f"{top}." for top in tops)):
             tops.append(name)
-        elif not parameters:
-            running += wanted
-    for name, module, _ in tree.entries:
-        if tops and name.endswith(tuple(tops)) and id(module) in holding:
-            with at(named(name)):
-                rule = "holds adapters, and PEFT would save it whole: it goes by the ends of names"
-                do = "miss.save(model, path); or pass extra=() or the modules to save"
-                raise StateError(rule, actual=f"modules_to_save={tops}", do=do)
-        parts = name.split(".")
-        ends = (".".join(parts[: n + 1]).endswith(tuple(tops)) for n in range(len(parts)))
-        if tops and any(ends):
-            tensors |= named_tensors(name, module)
-    if lost := [key for key in running if key not in tensors]:
+    tensors |= _inside(tree, tops, tree.holding([*adapted.values(), tree.root]))
+    _refuse_half_ties(tree, tensors)
+    if lost := sorted(key for key in running if key not in tensors):
         text = f"running statistics are not written, since PEFT has no place for them: {some(lost)}"
         warnings.warn(text, UserWarning, stacklevel=3)
     return tops, tensors
+
+
+def _inside(tree: Tree, tops: list[str], holding: set[int]) -> dict[str, Tensor]:
+    """The tensors, by each of their names, of the modules that PEFT takes for ``tops``.
+
+    ``holding`` has the ids of the modules that hold adapters. A `StateError` names a module that
+    cannot be saved whole.
+    """
+    found: dict[str, Tensor] = {}
+    ends = tuple(tops)
+    for name, module, _ in tree.entries:
+        if not any(holder.endswith(ends) for holder in holders(name)):
+            continue
+        if name.endswith(ends) and (why := _unfit(tree, module, holding)) is not None:
+            with at(named(name)):
+                rule = f"PEFT cannot save it whole besides adapters: {why}"
+                ends_in = "" if name in tops else ", in one of which its name ends"
+                do = "miss.save(model, path); or pass extra=() or the modules to save"
+                raise StateError(rule, actual=f"modules_to_save={tops}{ends_in}", do=do)
+        found |= named_tensors(name, module)
+    return found
+
+
+def holders(name: str) -> list[str]:
+    """The names of the modules that a module lies in, outermost first, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def _unfit(tree: Tree, module: nn.Module, holding: set[int]) -> str | None:
+    """Why a module cannot be one of ``modules_to_save``; None if it can."""
+    if id(module) in holding:
+        return "it holds adapters"
+    if tree.times_held[id(module)] > 1:
+        return "the model holds it under two names"
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return f"it is a {type(module).__name__}"
+    return None
+
+
+def _refuse_half_ties(tree: Tree, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a `StateError` if one name of a tied Parameter is written and another is not."""
+    names: dict[int, list[str]] = {}
+    for name, module in tree.of_type(nn.Module).items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(joined(name, key))
+    for own in names.values():
+        left = [name for name in own if name not in tensors]
+        if len(left) not in (0, len(own)):
+            with at(next(name for name in own if name in tensors)):
+                rule = "is tied to a Parameter that is not written, and PEFT would untie them"
+                raise StateError(rule, actual=left[0], do=f"write both: extra={own}")
 
 
 def write(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

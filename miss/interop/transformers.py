@@ -32,7 +32,8 @@ class AdapterCheckpoints:
     `miss.save` wrote: the adapters and all else that training changes. The tokenizer, the optimizer
     and the rest are as the Trainer writes them. ``save_model`` writes the same file. Resuming and
     ``load_best_model_at_end`` read it with `miss.load`, so a file that does not fit the model is an
-    error. Training resumed in this way is the uninterrupted one, bit for bit.
+    error. Training resumed in this way is the uninterrupted one, bit for bit. What stays frozen as
+    ``from_pretrained`` initialised it, which `inject` warns of, is in no checkpoint.
 
     The subclass is yours, with the mixin first: ``class MyTrainer(AdapterCheckpoints, Trainer)``.
 

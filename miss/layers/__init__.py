@@ -17,7 +17,7 @@ from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
 from miss.tensors import is_dtensor
 
 __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
-__all__ += ["parameters_of", "refusal", "register"]
+__all__ += ["base_parameters", "d_names", "parameters_of", "refusal", "register"]
 
 # The registry: the host of each layer type, and the class of each (type, host, form).
 _HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost}
@@ -81,6 +81,17 @@ def parameters_of(module: nn.Module) -> list[str]:
             seen.add(id(parameter))
             names.append(name)
     return names
+
+
+def d_names(module: nn.Module) -> set[str]:
+    """The names that the D's of a module have in it; empty unless it is adapted."""
+    return set(map(d_name, module.miss_configs)) if isinstance(module, AdaptedLayer) else set()
+
+
+def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The direct Parameters of a module by their names in it, without D's."""
+    ds = d_names(module)
+    return {k: p for k, p in module._parameters.items() if p is not None and k not in ds}
 
 
 def class_of(layer_type: type[nn.Module], host: type[Host], form: type[Form]) -> type[AdaptedLayer]:

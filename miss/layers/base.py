@@ -45,7 +45,7 @@ class AdaptedLayer(_Mixin):
     miss_type: ClassVar[type[nn.Module]]
     _miss_configs: Mapping[str, LayerConfig] = {}
     _miss_depth: Depth = Depth()
-    _is_hf_initialized = loading.Mark()
+    _is_hf_initialized = loading.InitializedMark()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -45,7 +45,7 @@ def replaced(layer: nn.Module) -> tuple[str, str] | None:
 
 
 def refuse_replaced(layer: nn.Module) -> None:
-    """Raise a `StateError` if the object has a forward that may call the adapted one."""
+    """Raise a `StateError` if the object has a forward of its own: it may call the adapted one."""
     if (found := replaced(layer)) is not None:
         rule = f"has {found[0]}, which may call the adapted forward that eject takes away"
         raise StateError(rule, do=f"remove it ({found[1]}), eject, then set it again")
@@ -54,12 +54,15 @@ def refuse_replaced(layer: nn.Module) -> None:
 def offloads(module: nn.Module, *, below: bool = False) -> bool:
     """Whether an accelerate hook on a module keeps its weights elsewhere between two calls.
 
-    The module has tensors on the meta device then, and others during a call. With ``below``:
-    whether the hook does so with the weights of all modules in it.
+    Its tensors are then on the meta device, and others take their place during a call. With
+    ``below``, the hook must do so with the weights of all modules in this one.
     """
-    for hook in _hooks(module.__dict__.get("_hf_hook")):
-        kinds = ["offload", *(["place_submodules"] if below else [])]
-        if all(getattr(hook, kind, False) is True for kind in kinds):
+    if "_hf_hook" not in module.__dict__:  # at once, since every module is asked
+        return False
+    for hook in _hooks(module.__dict__["_hf_hook"]):
+        offloading = getattr(hook, "offload", False) is True
+        of_all = getattr(hook, "place_submodules", False) is True
+        if offloading and (of_all or not below):
             return True
     return False
 
@@ -67,9 +70,9 @@ def offloads(module: nn.Module, *, below: bool = False) -> bool:
 def offloaded_error(why: str) -> StateError:
     """The error of a call that a layer refuses while accelerate offloads its weights."""
     rule = f"accelerate offloads its weights, which are on meta between two calls: {why}"
-    do = "accelerate.hooks.remove_hook_from_submodules(model) first; a model that was loaded with "
-    do += "offload has to be loaded without it (a device_map that leaves nothing on 'disk', nor "
-    do += "on 'cpu' beside another device)"
+    do = "accelerate.hooks.remove_hook_from_submodules(model) first; load a model that was loaded "
+    do += "with offload again without it (a device_map that puts nothing on 'disk', nor on 'cpu' "
+    do += "besides another device)"
     return StateError(rule, do=do)
 
 

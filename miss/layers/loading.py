@@ -15,20 +15,22 @@ from miss.forms import Form, LayerConfig
 from miss.layers.host import d_name
 from miss.tensors import is_data, positions, same
 
-__all__ = ["KEY", "UNSET", "Mark", "about_of", "check_form", "checked", "metadata"]
+__all__ = ["KEY", "UNSET", "InitializedMark", "about_of", "check_form", "checked", "metadata"]
 __all__ += ["settle"]
 
 KEY = "miss"  # of a module's entry in `_metadata`
-UNSET = "_miss_unset"  # attribute of a layer whose D was made on meta and has no values yet
+# Attribute of a layer whose D was made on meta and has no values yet: its frozen Parameters.
+UNSET = "_miss_unset"
 
 
-class Mark:
+class InitializedMark:
     """The attribute with which transformers 5 marks a layer, or a Parameter, as initialised.
 
     Its ``from_pretrained`` builds the model on meta. It marks the Parameters that it finds in the
     checkpoint, gives the others uninitialised memory, and asks ``_init_weights`` of the model to
-    fill them, which does not know D. At last it marks each module. When this mark is set, a D that
-    was made on meta and is not marked itself becomes zero.
+    fill them, which does not know D. All of them require grad. Finally it marks each module. When
+    a layer is marked, each of its D's that was made on meta and has no mark becomes zero, and the
+    Parameters that were frozen are frozen again.
     """
 
     name = "_is_hf_initialized"
@@ -42,7 +44,7 @@ class Mark:
 
     def __set__(self, layer: Any, value: Any) -> None:
         layer.__dict__[self.name] = value
-        if not value or not layer.__dict__.get(UNSET):
+        if not value or UNSET not in layer.__dict__:
             return
         if "transformers.initialization" not in sys.modules:  # transformers 4 marks no Parameter
             return
@@ -51,6 +53,8 @@ class Mark:
             if not d.is_meta and not getattr(d, self.name, False):
                 with torch.no_grad():
                     d.zero_()
+        for key in layer.__dict__[UNSET]:
+            layer._parameters[key].requires_grad_(False)
         settle(layer)
 
     def __delete__(self, layer: Any) -> None:
@@ -60,7 +64,7 @@ class Mark:
 
 
 def settle(layer: Any) -> None:
-    """Note that each D of a layer that is not on meta has values."""
+    """Take `UNSET` off a layer of which no D is on meta any more."""
     unset = UNSET in layer.__dict__
     if unset and not any(getattr(layer, d_name(p)).is_meta for p in layer.miss_configs):
         del layer.__dict__[UNSET]

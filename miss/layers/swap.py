@@ -86,7 +86,8 @@ def attach(layer: Any, parameter: str, config: LayerConfig, d: nn.Parameter) -> 
     layer.__dict__.setdefault("_miss_depth", Depth())
     layer._parameters[d_name(parameter)] = d
     if d.is_meta:
-        layer.__dict__[UNSET] = True
+        own = layer._parameters.items()
+        layer.__dict__[UNSET] = [key for key, p in own if p is not None and not p.requires_grad]
 
 
 def keep_base(layer: AdaptedLayer, parameter: str, base: Tensor) -> None:
