@@ -33,13 +33,13 @@ from torch import Tensor, nn
 import word_valence as valence
 from common import methods, plots
 from common import word_problems as words
-from common.methods import ALTERNATING, FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trained
+from common.methods import FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trained
 from common.runs import Estimate, Run, get_parser, run_all, select, write
 from measure import require_extras, table
 from miss.functional import block_sum, shard_sum
 from model_cost import load_base
 
-METHODS = (FULL, LORA, PISSA, MISS, MISSE, ALTERNATING)
+METHODS = (FULL, LORA, PISSA, MISS, MISSE)
 RANKS = (8, 16, 32, 64, 128)  # MiSS has no 256: the keys of SmolLM2 have 192 outputs
 MINILM, SMOLLM2 = "MiniLM-L6, word ratings", "SmolLM2-135M, word problems"
 KINDS_RANK = 16
@@ -118,7 +118,7 @@ def correlation(
         rows += square(shard_sum(m.T, rank))
         lora += rank / (3 * layer.in_features) * plain
     quartiles = torch.tensor(list(own.values())).quantile(torch.tensor([0.25, 0.5, 0.75]))
-    expected = {FULL: whole, LORA: lora, MISS: whole, MISSE: whole, ALTERNATING: whole}
+    expected = {FULL: whole, LORA: lora, MISS: whole, MISSE: whole}
     return {
         "expected": {method: math.sqrt(squared) for method, squared in expected.items()},
         "factor_columns": columns / whole,

@@ -31,7 +31,6 @@ from common import methods, plots
 from common import word_problems as words
 from common.costs import costs
 from common.methods import (
-    ALTERNATING,
     DORA,
     LORA,
     MISS,
@@ -59,10 +58,10 @@ from common.runs import (
 )
 from measure import require_extras, table
 
-METHODS = (LORA, PISSA, DORA, MISS, MISSE, ALTERNATING)
+METHODS = (LORA, PISSA, DORA, MISS, MISSE)
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # The sweep starts with these and their neighbours.
-FIRST = {LORA: 1e-3, PISSA: 1e-4, DORA: 1e-3, MISS: 3e-4, MISSE: 3e-4, ALTERNATING: 3e-4}
+FIRST = {LORA: 1e-3, PISSA: 1e-4, DORA: 1e-3, MISS: 3e-4, MISSE: 3e-4}
 SWEEP_SEED = 0
 
 
