@@ -27,7 +27,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None"
     """Write the adapters of a model, and all that `load` needs to inject them again, to one file.
 
     The file also holds all else that training changes, and a fingerprint of the base model, by
-    which `load` recognises another one: 64 values of each weight.
+    which `load` recognises another one: up to 64 values of each weight.
 
     The file is written beside ``path`` and then renamed. So ``path`` is always the old file or the
     new one, whatever happens.
@@ -37,10 +37,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: "Targets | None"
         path: ends in ``.safetensors`` (recommended; the extra ``files`` installs that package) or
             ``.pt``.
         extra: what is written besides adapters. None is all that training changes: the Parameters
-            that require grad, with the buffers of their modules; the running statistics of batch
-            norm; and the weight and bias of an adapted layer that is part of a task head, or that
-            ``from_pretrained`` made anew. ``()`` is nothing. Or modules and Parameters, as in
-            ``trainable`` of `inject`. A module stands for all that it contains, buffers included.
+            that require grad, or that `inject` or `load` switched on, with the buffers of their
+            modules; the running statistics of batch norm; and the weight and bias of an adapted
+            layer that is part of a task head, or that ``from_pretrained`` made anew. ``()`` is
+            nothing. Or modules and Parameters, as in ``trainable`` of `inject`. A module stands for
+            all that it contains, buffers included.
 
     Raises:
         StateError: the model has no adapter, or something shards it.
@@ -95,8 +96,8 @@ def load(model: Model, path: str | os.PathLike[str], *, any_base: bool = False) 
     No code in the file is run. A model without adapters is injected as the file says, and frozen as
     by `inject`. A model with adapters must have the same layers, methods, signs, ranks, scales and
     shapes as the file. It keeps its own dropout. What was trained besides adapters requires grad
-    again, and so do task heads. Tensors of the file are cast to the model's dtypes if no value is
-    rounded.
+    again, and so do the task heads of a model that is injected. Tensors of the file are cast to the
+    model's dtypes if no value is rounded.
 
     Args:
         model: a base model, or an adapted one.

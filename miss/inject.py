@@ -85,8 +85,9 @@ def inject(
             that it contains. Their ``requires_grad`` flags go on, in a later call too.
         freeze: the first call on a model freezes every Parameter outside adapters and
             ``trainable``, except the heads that transformers' task classes add to a base model
-            (``BertForSequenceClassification`` and the like), which are trained. A later call
-            freezes only those of the layers that it adapts. False freezes nothing.
+            (``BertForSequenceClassification`` and the like), which are trained if that model holds
+            an adapter. A later call freezes only those of the layers that it adapts, and nothing
+            that an earlier call trains. False freezes nothing.
 
     Returns:
         ``model`` itself.
