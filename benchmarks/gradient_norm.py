@@ -6,6 +6,7 @@ outputs. At the start, where the trained factor is zero, the first gradients are
 
     LoRA    dB = M A^T, A random and independent of M    E |dB|^2 = r / (3 k) |M|^2
     MiSSe   dD = M Ac^T, which sums columns of M         |dD|^2 = |M|^2
+            the same with alternating signs              |dD|^2 = |M|^2
     MiSS    dD = Ec^T M, which sums rows of M            |dD|^2 = |M|^2
 
 That of LoRA holds for any inputs. That of MiSSe holds if the columns within a sum are uncorrelated,
@@ -33,16 +34,18 @@ from torch import Tensor, nn
 import word_valence as valence
 from common import methods, plots
 from common import word_problems as words
-from common.methods import FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trained
+from common.methods import ALTERNATING, FULL, LORA, MISS, MISSE, PISSA, adapt, targeted, trained
 from common.runs import Estimate, Run, get_parser, run_all, select, write
 from measure import require_extras, table
 from miss.functional import block_sum, shard_sum
 from model_cost import load_base
 
-METHODS = (FULL, LORA, PISSA, MISS, MISSE)
+METHODS = (FULL, LORA, PISSA, MISS, MISSE, ALTERNATING)
 RANKS = (8, 16, 32, 64, 128)  # MiSS has no 256: the keys of SmolLM2 have 192 outputs
 MINILM, SMOLLM2 = "MiniLM-L6, word ratings", "SmolLM2-135M, word problems"
 KINDS_RANK = 16
+# By what a factor is called in a run: its column in the table.
+FACTORS = {"columns": "columns", "signed_columns": "columns, alternating", "rows": "rows"}
 MODELS = {MINILM: (valence.TARGETS, 64), SMOLLM2: (words.TARGETS, 4)}  # targets, rows in a batch
 
 
@@ -90,13 +93,15 @@ def correlation(
 ) -> Run:
     """What is expected of each method, and the factors by which sums exceed uncorrelated ones.
 
-    The factors are those of sums of columns, of rows and of inputs.
+    The factors are those of sums of columns, of rows and of inputs; ``signed`` are those of columns
+    and of inputs with alternating signs.
     """
-    inputs = {name: [0.0, 0.0] for name in layers}
+    inputs = {name: [0.0, 0.0, 0.0] for name in layers}
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for place, x in enumerate((args[0], block_sum(args[0], rank))):
+            sums = (block_sum(args[0], rank, alternate) for alternate in (False, True))
+            for place, x in enumerate((args[0], *sums)):
                 inputs[name][place] += square(x)
 
         return hook
@@ -108,20 +113,27 @@ def correlation(
     finally:
         for handle in hooks:
             handle.remove()
-    own = {name: summed / plain for name, (plain, summed) in inputs.items()}
-    seen: dict[str, tuple[float, float, float]] = {}
-    whole = columns = rows = lora = 0.0
+    own = {name: summed / plain for name, (plain, summed, _) in inputs.items()}
+    signed = {name: summed / plain for name, (plain, _, summed) in inputs.items()}
+    seen: dict[str, tuple[float, ...]] = {}
+    whole = columns = signed_columns = rows = lora = 0.0
     for (name, layer), m in zip(layers.items(), gradients):
         plain, of_columns = square(m), square(block_sum(m, rank))
-        seen[name] = plain, of_columns, own[name]
-        whole, columns = whole + plain, columns + of_columns
+        of_signed = square(block_sum(m, rank, alternate=True))
+        seen[name] = plain, of_columns, of_signed, own[name], signed[name]
+        whole, columns, signed_columns = (
+            whole + plain,
+            columns + of_columns,
+            signed_columns + of_signed,
+        )
         rows += square(shard_sum(m.T, rank))
         lora += rank / (3 * layer.in_features) * plain
     quartiles = torch.tensor(list(own.values())).quantile(torch.tensor([0.25, 0.5, 0.75]))
-    expected = {FULL: whole, LORA: lora, MISS: whole, MISSE: whole}
+    expected = {FULL: whole, LORA: lora, MISS: whole, MISSE: whole, ALTERNATING: whole}
     return {
         "expected": {method: math.sqrt(squared) for method, squared in expected.items()},
         "factor_columns": columns / whole,
+        "factor_signed_columns": signed_columns / whole,
         "factor_rows": rows / whole,
         "factor_inputs": quartiles.tolist(),
         "layers": seen,
@@ -131,21 +143,23 @@ def correlation(
 def kinds(name: str) -> list[list[Any]]:
     """By kind of layer: how many, their share of |M|^2, the factors of columns and of inputs.
 
-    That is for one batch at `KINDS_RANK`.
+    Each factor is that of plain sums, then that of sums with alternating signs. That is for one
+    batch at `KINDS_RANK`.
     """
     model, [batch] = material(name, 1)
     layers = targeted(model.eval().requires_grad_(False), MODELS[name][0])
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    groups: dict[str, list[tuple[float, float, float]]] = {}
+    groups: dict[str, list[tuple[float, ...]]] = {}
     for layer, seen in correlation(model, layers, batch, KINDS_RANK)["layers"].items():
         groups.setdefault(re.split(r"\.\d+\.", layer)[-1], []).append(seen)
-    whole = sum(plain for seen in groups.values() for plain, _, _ in seen)
+    whole = sum(of_layer[0] for seen in groups.values() for of_layer in seen)
     rows = []
     for kind, seen in groups.items():
-        plain, summed = (sum(part) for part in list(zip(*seen))[:2])
-        inputs = statistics.fmean(of_input for _, _, of_input in seen)
-        rows.append([kind, len(seen), plain / whole, summed / plain, inputs])
+        columns = list(zip(*seen))
+        plain, summed, signed = map(sum, columns[:3])
+        inputs = map(statistics.fmean, columns[3:])
+        rows.append([kind, len(seen), plain / whole, summed / plain, signed / plain, *inputs])
     return rows
 
 
@@ -165,7 +179,7 @@ def work(job: Run) -> Run:
         scale = None if method in methods.FORMS else 1.0
         model = adapt(copy.deepcopy(base), method, rank, targets, scale=scale)
         norms[method] = [first_gradient(model, trained(model), batch) for batch in batches]
-    factors = ("factor_columns", "factor_rows", "factor_inputs")
+    factors = [key for key in seen[0] if key.startswith("factor_")]
     result: Run = {key: [of_batch[key] for of_batch in seen] for key in factors}
     expected = [of_batch["expected"] for of_batch in seen]
     of_method = {name: [of_batch[name] for of_batch in expected] for name in expected[0]}
@@ -190,18 +204,19 @@ def report(result: Mapping[str, Any]) -> str:
         low, middle, high = (sum(part) / len(part) for part in zip(*run["factor_inputs"]))
         norms = [f"{sum(run['norms'][method]) / run['batches']:.3g}" for method in METHODS]
         ratios = [over_lora(run["norms"]), over_lora(run["expected"])]
-        factors = [Estimate.of(run[f"factor_{name}"]).text(2) for name in ("columns", "rows")]
+        factors = [Estimate.of(run[f"factor_{name}"]).text(2) for name in FACTORS]
         inputs = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         rows.append([run["model"], run["rank"], *norms, *ratios, *factors, inputs])
-    head = ["model", "rank", *METHODS, "MiSSe / LoRA", "expected", "columns", "rows"]
+    head = ["model", "rank", *METHODS, "MiSSe / LoRA", "expected", *FACTORS.values()]
     parts = [table([*head, "inputs, median layer (quartiles)"], rows)]
     parts.append(f"By kind of layer, rank {KINDS_RANK}, one batch:")
     rows = []
     for model, of_model in result["kinds"].items():
-        for kind, count, share, columns, inputs in of_model:
-            rows.append([model, kind, count, f"{share:.0%}", f"{columns:.2f}", f"{inputs:.2f}"])
+        for kind, count, share, *factors in of_model:
+            rows.append([model, kind, count, f"{share:.0%}", *(f"{each:.2f}" for each in factors)])
     head = ["model", "kind of layer", "layers", "of the squared gradient", "columns"]
-    parts.append(table([*head, "inputs, mean"], rows))
+    head += ["columns, alternating", "inputs, mean", "inputs, alternating, mean"]
+    parts.append(table(head, rows))
     return "\n\n".join(parts)
 
 

@@ -31,6 +31,7 @@ from common import methods, plots
 from common import word_problems as words
 from common.costs import costs
 from common.methods import (
+    ALTERNATING,
     DORA,
     LORA,
     MISS,
@@ -58,10 +59,10 @@ from common.runs import (
 )
 from measure import require_extras, table
 
-METHODS = (LORA, PISSA, DORA, MISS, MISSE)
+METHODS = (LORA, PISSA, DORA, MISS, MISSE, ALTERNATING)
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # The sweep starts with these and their neighbours.
-FIRST = {LORA: 1e-3, PISSA: 1e-4, DORA: 1e-3, MISS: 3e-4, MISSE: 3e-4}
+FIRST = {LORA: 1e-3, PISSA: 1e-4, DORA: 1e-3, MISS: 3e-4, MISSE: 3e-4, ALTERNATING: 3e-4}
 SWEEP_SEED = 0
 
 

@@ -18,6 +18,7 @@ import word_valence
 from common import methods, runs
 from common.costs import costs
 from common.methods import (
+    ALTERNATING,
     COUNTS,
     FULL,
     LORA,
@@ -246,7 +247,8 @@ def test_gradient_norms_are_those_of_the_formulas(monkeypatch: pytest.MonkeyPatc
     assert run["norms"][FULL][0] == pytest.approx(math.sqrt(square), rel=1e-5)
     columns = sum(map(of_columns, weights))
     assert run["norms"][MISSE][0] == pytest.approx(math.sqrt(columns), rel=1e-5)
-    for method, factor in ((MISSE, "factor_columns"), (MISS, "factor_rows")):
+    factors = {MISSE: "factor_columns", ALTERNATING: "factor_signed_columns", MISS: "factor_rows"}
+    for method, factor in factors.items():
         predicted = run["expected"][method][0] * math.sqrt(run[factor][0])
         assert run["norms"][method][0] == pytest.approx(predicted, rel=1e-5)
     x = BATCH[0]
@@ -260,7 +262,9 @@ def test_gradient_norms_are_those_of_the_formulas(monkeypatch: pytest.MonkeyPatc
     [body0, body2] = gradient_norm.kinds("small")
     weighted = body0[3] * body0[2] + body2[3] * body2[2]
     assert weighted == pytest.approx(run["factor_columns"][0], rel=1e-5)
-    assert [body0[4], body2[4]] == pytest.approx([first, second], rel=1e-5)
+    signed = body0[4] * body0[2] + body2[4] * body2[2]
+    assert signed == pytest.approx(run["factor_signed_columns"][0], rel=1e-5)
+    assert [body0[5], body2[5]] == pytest.approx([first, second], rel=1e-5)
     shown = {"runs": [run | {"model": "small", "rank": 4, "batches": 2}]}
     shown["kinds"] = {"small": [body0, body2]}
     assert "| small | body.2 | 1 |" in gradient_norm.report(shown)
