@@ -79,7 +79,7 @@ def competitors(shape: Shape) -> dict[str, nn.Module]:
     d = nn.init.normal_(misse.miss_D, std=0.01).detach()
     for other in (miss, signs):
         nn.init.normal_(other.miss_D, std=0.01)
-    a, b = MiSSe.factors(d, shape.in_features)
+    a, b = MiSSe.factors(d, misse.miss_configs["weight"])
 
     peft_miss = wrapped(peft.MissConfig(r=RANK, target_modules=["layer"]))
     peft_miss.miss_block["default"].data = d.T.contiguous().clone()

@@ -5,24 +5,21 @@ an axis "out" and an axis "in". D has the shape of the Parameter, except that on
 cut to the rank.
 """
 
-import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from miss import functional
+from miss.checks import is_int, is_real
 from miss.errors import ShapeError
-from miss.tensors import ADAPTER_DTYPES
 
 __all__ = ["METHODS", "Form", "LayerConfig", "MiSS", "MiSSe", "MiSSeAlternating", "MiSSeMini"]
-__all__ += ["check_adapter_dtype", "is_real", "variant"]
+__all__ += ["variant"]
 
 Axes: TypeAlias = tuple[int, int]  # where a Parameter has "out" and where it has "in"
 
@@ -63,11 +60,17 @@ class Form(ABC):
         """
 
     @classmethod
-    def factors(cls, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """LoRA's A ``(r, in)`` and B ``(out, r)``: ``B A`` is the ``(out, in)`` delta of ``d``."""
-        one = torch.eye(d.shape[cls.axis], dtype=d.dtype, device=d.device)
-        frozen = cls.expand(one, size, cls.axis)
-        return (frozen, d) if cls.axis == 1 else (d, frozen)
+    def factors(cls, d: Tensor, config: "LayerConfig") -> tuple[Tensor, Tensor]:
+        """LoRA's A ``(r, in)`` and B ``(out, r)``: ``B A`` is the delta of ``d``, as (out, in).
+
+        The axes of a kernel follow. The factor that is no D has a kernel of one element.
+        """
+        d = cls.whole(d, config).movedim(config.axes, (0, 1))
+        one = torch.eye(config.rank, dtype=d.dtype, device=d.device)
+        frozen = cls.expand(one, config.size, cls.axis)
+        frozen = frozen.reshape(*frozen.shape, *(1 for _ in d.shape[2:]))
+        a, b = (frozen, d) if cls.axis == 1 else (d, frozen)
+        return a if config.blank is None else a.index_fill(1, torch.tensor(config.blank), 0), b
 
     @classmethod
     def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:
@@ -84,7 +87,7 @@ class Form(ABC):
     @classmethod
     def delta(cls, d: Tensor, config: "LayerConfig") -> Tensor:
         """The dense delta of ``d`` at scale 1, in the shape of the Parameter."""
-        return cls.expand(cls.whole(d, config), config.size, config.shared)
+        return config.blanked(cls.expand(cls.whole(d, config), config.size, config.shared))
 
     @classmethod
     def window(cls, d: Tensor, config: "LayerConfig", rows: slice) -> Tensor:
@@ -93,18 +96,21 @@ class Form(ABC):
             owner, sign = cls.owner(config.size, config.rank), cls.sign(config.size, config.rank)
             found = d[owner[rows].to(d.device)].movedim(0, -1)
             found = found if sign is None else found * sign[rows].to(d)
-            return found.movedim(-1, 0)
-        return cls.expand(d[rows], config.size, config.shared)
+            found = found.movedim(-1, 0)
+        else:
+            found = cls.expand(d[rows], config.size, config.shared)
+        return config.blanked(found, rows.start)
 
     @classmethod
     def at(cls, d: Tensor, config: "LayerConfig", positions: Tensor) -> Tensor:
         """`delta` at flat positions of the Parameter."""
         d = cls.whole(d, config)
         index = list(torch.unravel_index(positions.to(d.device), config.shape))
-        shared = index[config.shared]
+        shared, inner = index[config.shared], index[config.axes[1]]
         index[config.shared] = cls.owner(config.size, config.rank).to(d.device)[shared]
         sign = cls.sign(config.size, config.rank)
-        return d[tuple(index)] if sign is None else d[tuple(index)] * sign.to(d)[shared]
+        found = d[tuple(index)] if sign is None else d[tuple(index)] * sign.to(d)[shared]
+        return found if config.blank is None else found.masked_fill(inner == config.blank, 0)
 
 
 class MiSSe(Form):
@@ -207,6 +213,8 @@ class LayerConfig:
         scale: factor of the delta; finite.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the adapter in training mode.
         rows: the rows of D in PEFT's mini form, a divisor of the outputs; else None.
+        blank: a position of the axis "in" at which the delta is zero, such as the ``padding_idx``
+            of an embedding; else None.
 
     Raises:
         ShapeError: a setting is outside its rule.
@@ -219,13 +227,14 @@ class LayerConfig:
     scale: float = 1.0
     dropout: float = 0.0
     rows: int | None = None
+    blank: int | None = None
     d_shape: tuple[int, ...] = field(init=False)  #: the shape of D
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the only way in a frozen dataclass
         put(self, "shape", tuple(self.shape))
         rank, limit = self.rank, self.size
-        if not _is_int(rank) or not 1 <= rank <= limit:
+        if not is_int(rank) or not 1 <= rank <= limit:
             features = ("out_features", "in_features")[self.form.axis]
             rule = f"rank of {self.form.prefix} must be an int from 1 to {features}"
             out, in_ = (self.shape[axis] for axis in self.axes)
@@ -238,7 +247,7 @@ class LayerConfig:
             rule, actual = "dropout must be a probability", f"dropout={self.dropout!r}"
             raise ShapeError(rule, expected="0 <= dropout < 1", actual=actual)
         rows = self.rows
-        if rows is not None and (not _is_int(rows) or rows < 1 or self.shape[0] % rows):
+        if rows is not None and (not is_int(rows) or rows < 1 or self.shape[0] % rows):
             rule, expected = "rows must divide out_features", f"a divisor of {self.shape[0]}"
             raise ShapeError(rule, expected=expected, actual=f"rows={rows!r}")
         if (rows is not None) != (self.form is MiSSeMini):
@@ -258,12 +267,21 @@ class LayerConfig:
         """The length of the shared axis, a bound on the rank."""
         return self.shape[self.shared]
 
+    def blanked(self, delta: Tensor, start: int = 0) -> Tensor:
+        """``delta`` with zeros at `blank`; ``start`` is the position of its first row."""
+        axis = self.axes[1]
+        place = -1 if self.blank is None else self.blank - (0 if axis else start)
+        if not 0 <= place < delta.shape[axis]:
+            return delta
+        return delta.index_fill(axis, torch.tensor(place, device=delta.device), 0)
+
     def fields(self) -> dict[str, Any]:
         """What a file says of the settings; `from_fields` reads it."""
         fields = {"method": self.form.name, "rank": self.rank, "scale": self.scale}
         fields |= {"dropout": self.dropout, "shape": list(self.shape)}
         fields |= {"alternate": True} if self.form.alternate else {}
-        return fields if self.rows is None else fields | {"rows": self.rows}
+        fields |= {} if self.rows is None else {"rows": self.rows}
+        return fields if self.blank is None else fields | {"blank": self.blank}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], axes: Axes) -> "LayerConfig":
@@ -277,23 +295,3 @@ class LayerConfig:
             raise TypeError("the shape has too few axes")
         rank, scale, dropout = (rest.pop(key) for key in ("rank", "scale", "dropout"))
         return cls(form, rank, tuple(shape), axes, scale, dropout, **rest)
-
-
-def check_adapter_dtype(dtype: torch.dtype | None) -> None:
-    """Raise a `ShapeError` unless ``dtype`` is None or one that D can be trained in."""
-    if dtype is not None and dtype not in ADAPTER_DTYPES:
-        expected = ", ".join(map(str, (None, *ADAPTER_DTYPES)))
-        actual = f"adapter_dtype={dtype!r}"
-        raise ShapeError("adapter_dtype must be trainable", expected=expected, actual=actual)
-
-
-def is_real(value: Any) -> bool:
-    """Whether ``value`` is a finite number, and no bool."""
-    if type(value) is float:
-        return math.isfinite(value)
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    return real and bool(abs(value) <= sys.float_info.max)
-
-
-def _is_int(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))

@@ -6,8 +6,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from miss.checks import check_adapter_dtype
 from miss.errors import ShapeError, StateError, at, named, replaced_error
-from miss.forms import METHODS, check_adapter_dtype, variant
+from miss.forms import METHODS, variant
 from miss.heads import made_anew
 from miss.layers import AdaptedLayer, class_of, d_names
 from miss.layers.forwards import refuse_replaced

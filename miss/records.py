@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from miss.errors import CheckpointError, MissError, named
 from miss.forms import LayerConfig
-from miss.layers import host_named, path_of
+from miss.layers import file_path, host_named, path_of
 from miss.layers.host import d_name
 from miss.layers.linear import LinearHost
 from miss.merging import Place
@@ -29,7 +29,7 @@ class Record(NamedTuple):
 
 def record_of(place: Place) -> Record:
     """The record of an adapted Parameter."""
-    return Record(place.name, place.parameter, path_of(place.layer.miss_host), place.config)
+    return Record(place.name, place.parameter, file_path(place.layer.miss_host), place.config)
 
 
 def described(record: Record) -> dict[str, Any]:

@@ -11,7 +11,15 @@ from miss.errors import CheckpointError, StateError, at, merged_error, named, re
 from miss.forms import METHODS
 from miss.heads import made_anew
 from miss.inject import adopt_all_
-from miss.layers import AdaptedLayer, base_parameters, class_of, host_of, parameters_of, path_of
+from miss.layers import (
+    AdaptedLayer,
+    base_parameters,
+    class_of,
+    file_path,
+    host_of,
+    parameters_of,
+    path_of,
+)
 from miss.layers.host import base_name, d_name
 from miss.layers.swap import Adapter, new_d
 from miss.merging import places
@@ -225,9 +233,9 @@ def _plan(
         if host is None or reason is not None:
             rule = f"module {named(name)!r} of the model cannot be adapted: it {reason or kind}"
             raise CheckpointError(rule)
-        if path_of(host) != path:
+        if file_path(host) != path:
             rule = f"module {named(name)!r} of the model is another kind of layer: it {kind}"
-            raise CheckpointError(rule, expected=path, actual=path_of(host))
+            raise CheckpointError(rule, expected=path, actual=file_path(host))
         if parameter not in parameters_of(module):
             actual = ", ".join(parameters_of(module))
             rule = f"module {named(name)!r} has no Parameter {parameter!r}"
@@ -236,6 +244,9 @@ def _plan(
         if sizes != config.shape:
             rule = f"the {parameter} of module {named(name)!r} has another shape"
             raise CheckpointError(rule, expected=config.shape, actual=sizes)
+        if (blank := host.blank(module, parameter)) != config.blank:
+            rule = f"the {parameter} of module {named(name)!r} has another padding_idx"
+            raise CheckpointError(rule, expected=config.blank, actual=blank)
         if (id(module), parameter) in plan:
             rule = f"two adapters are for one module of the model; the second is {named(name)!r}"
             raise CheckpointError(rule)
@@ -271,7 +282,7 @@ def _check_same(records: Mapping[str, Record], adapted: Mapping[str, AdaptedLaye
         if record.host != own[key].host:
             rule = f"{key} is for another kind of layer"
             raise CheckpointError(rule, expected=own[key].host, actual=record.host)
-        for field in ("method", "alternate", "shape", "rank", "rows", "scale"):
+        for field in ("method", "alternate", "shape", "rank", "rows", "blank", "scale"):
             if theirs.get(field) != ours.get(field):
                 rule = f"the {field} of {named(record.module)!r} is not the model's"
                 expected, actual = ours.get(field), theirs.get(field)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from miss import files
+from miss.checks import is_real
 from miss.errors import CheckpointError, StateError, at, brief
-from miss.forms import Form, is_real
+from miss.forms import Form
 from miss.layers.loading import KEY, about_of, check_form, metadata
 from miss.merging import places
 from miss.records import record_of

@@ -89,7 +89,7 @@ def test_orthonormal_scale_gives_the_fixed_factor_unit_rows():
         model = adapt(Small(), method, 4, TARGETS, scale=methods.ORTHONORMAL)
         for layer in (model.body[0], model.body[2]):
             config = layer.miss_configs["weight"]
-            a, b = layer.miss_form.factors(layer.miss_D, config.size)
+            a, b = layer.miss_form.factors(layer.miss_D, config)
             torch.testing.assert_close(layer.scale * frozen(a, b).norm(dim=1), torch.ones(4))
 
 
@@ -101,7 +101,7 @@ def test_random_signs_are_those_of_the_delta():
     signs = layer.weight[0] / old.weight[0]
     assert set(signs.tolist()) == {-1.0, 1.0}
     nn.init.normal_(layer.miss_D)
-    shared, own = MiSSe.factors(layer.miss_D, 12)
+    shared, own = MiSSe.factors(layer.miss_D, layer.miss_configs["weight"])
     delta = own @ shared * signs
     expected = nn.functional.linear(BATCH[0], old.weight + delta, old.bias)
     torch.testing.assert_close(layer(BATCH[0]), expected)

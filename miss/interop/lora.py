@@ -1,8 +1,10 @@
 """MiSS adapters as LoRA adapters, exactly: one factor of each is a frozen matrix of 0, 1 and -1."""
 
+import math
 import os
+from collections.abc import Mapping
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from miss import files
@@ -10,8 +12,9 @@ from miss.errors import StateError, at, some
 from miss.extra import extra_tensors
 from miss.functional import scaled
 from miss.interop import peft_files
+from miss.layers.linear import LinearHost
 from miss.matching import Targets
-from miss.merging import places
+from miss.merging import Place, places
 from miss.tree import Tree
 
 __all__ = ["save"]
@@ -37,10 +40,11 @@ def save(
             ``modules_to_save``, so None raises if anything is trained besides adapters.
 
     Raises:
-        StateError: the model has no adapter, something shards it, or it is itself an adapted layer,
-            which has no module path; an adapted layer has two names, of which PEFT would adapt one,
-            or is of a registered type; something is trained besides adapters, and ``extra`` is
-            None.
+        StateError: MiSSe adapts a convolution with a kernel of several elements, which has no such
+            factors; the model has no adapter, something shards it, or it is itself an adapted
+            layer, which has no module path; an adapted layer has two names, of which PEFT would
+            adapt one, or is of a type that PEFT's LoRA does not adapt; something is trained besides
+            adapters, and ``extra`` is None.
         CheckpointError: a D is not finite, or the files cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
 
@@ -49,8 +53,9 @@ def save(
     with at("save"):
         tree = Tree(model)
         folder = files.as_path(directory)
-        adapted = peft_files.adapted(tree)
+        adapted = peft_files.adapted(tree, lora=True)
         found = places(adapted)
+        _refuse_wide_kernels(found)
         modules, besides = peft_files.saved_modules(tree, adapted, extra_tensors(tree, extra))
         if extra is None and besides:
             rule = "more than adapters is to be saved, and most readers of LoRA refuse that"
@@ -64,17 +69,18 @@ def save(
     for name, place in found.items():
         config = place.config
         d = scaled(place.d, 1 if config.scale == scale else config.scale, place.d.dtype)
-        a, b = config.form.factors(config.form.whole(d, config), config.size)
-        key = f"{peft_files.PREFIX}{name}"
-        tensors[f"{key}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - a.shape[0]))
-        tensors[f"{key}.lora_B.weight"] = F.pad(b, (0, rank - b.shape[1]))
+        a, b = config.form.factors(d, config)
+        names = place.layer.miss_host.lora or ()
+        for key, factor, axis in zip(names, (a, b), (0, 1)):
+            full = f"{peft_files.PREFIX}{name}.{key}"
+            tensors[full] = _padded(factor, axis, rank)
     config_json = peft_files.base_config(tree, found) | {
         "modules_to_save": modules or None,
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(map(_is_transposed, found.values())),
         "use_dora": False,
         "use_rslora": False,
         "rank_pattern": {},
@@ -82,3 +88,24 @@ def save(
     }
     with at(folder):
         peft_files.write(folder, config_json, tensors)
+
+
+def _padded(factor: Tensor, axis: int, rank: int) -> Tensor:
+    """A factor with zeros at the end of its ``axis``, up to ``rank``."""
+    shape = list(factor.shape)
+    shape[axis] = rank - shape[axis]
+    return torch.cat([factor, factor.new_zeros(shape)], dim=axis)
+
+
+def _refuse_wide_kernels(found: Mapping[str, Place]) -> None:
+    for name, place in found.items():
+        if place.config.form.axis == 1 and math.prod(place.config.shape[2:]) > 1:
+            with at(name):
+                rule = "MiSSe sums inputs before the kernel, which no LoRA of a convolution does"
+                actual = f"a kernel of {tuple(place.config.shape[2:])}"
+                raise StateError(rule, expected="1 x 1, or MiSS", actual=actual, do="miss.save")
+
+
+def _is_transposed(place: Place) -> bool:
+    """Whether a linear layer keeps its weight as (in, out), which PEFT calls fan_in_fan_out."""
+    return place.config.axes == (1, 0) and place.layer.miss_host.lora == LinearHost.lora

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from miss.checks import is_real
 from miss.errors import CheckpointError
-from miss.forms import MiSSeMini, is_real
+from miss.forms import MiSSeMini
 from miss.interop.peft_files import holders
 from miss.state import named_tensors
 from miss.tree import Tree

@@ -16,7 +16,6 @@ from miss import files
 from miss.errors import CheckpointError, StateError, at, named, some
 from miss.extra import RUNNING
 from miss.layers.base import AdaptedLayer
-from miss.layers.linear import LinearHost
 from miss.state import named_tensors, own_adapters
 from miss.tensors import contiguous
 from miss.tree import Tree, joined
@@ -28,8 +27,11 @@ PREFIX = "base_model.model."  # of every key
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def adapted(tree: Tree) -> dict[str, AdaptedLayer]:
-    """The adapted layers; a `StateError` if there is none, or if PEFT has no key for one."""
+def adapted(tree: Tree, lora: bool = False) -> dict[str, AdaptedLayer]:
+    """The adapted layers; a `StateError` if there is none, or if PEFT has no key for one.
+
+    That is for PEFT's MiSS, or for its LoRA.
+    """
     tree.refuse_sharded()
     tree.require_adapted()
     layers = own_adapters(tree)
@@ -40,10 +42,11 @@ def adapted(tree: Tree) -> dict[str, AdaptedLayer]:
         with at(name):
             raise StateError("is held under two names, of which PEFT would adapt the first alone")
     for name, layer in layers.items():
-        if layer.miss_host is not LinearHost:
+        host = layer.miss_host
+        if not (host.lora if lora else host.peft):
             with at(name):
-                kind = layer.miss_type.__name__
-                rule = f"is a {kind}, of which nothing is known to PEFT; it adapts torch.nn.Linear"
+                kind, what = layer.miss_type.__name__, "LoRA" if lora else "MiSS"
+                rule = f"is a {kind}, and no layer of that type is known to PEFT's {what}"
                 raise StateError(rule, do="miss.save(model, path)")
     return layers
 

@@ -17,10 +17,12 @@ from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
 from miss.tensors import is_dtensor
 
 __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
-__all__ += ["base_parameters", "d_names", "parameters_of", "refusal", "register"]
+__all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal", "register"]
 
 # The registry: the host of each layer type, and the class of each (type, host, form).
 _HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost}
+# Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
+_HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {("timm.layers.linear", "Linear"): LinearHost}
 _CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
 for _class in (MiSSeLinear, MiSSLinear):
     _CLASSES[nn.Linear, LinearHost, _class.miss_form] = _class
@@ -35,7 +37,7 @@ def register(
     """Make a layer type of your own adaptable, so that `inject` adapts it if a target matches.
 
     Args:
-        layer_type: the exact type; its subclasses are not adapted.
+        layer_type: the exact type; its subclasses are not adapted by it.
         host: a subclass of `Host` that says what the type computes.
         example: a layer and its input (or a tuple of arguments). Copies of the layer are checked
             in both forms: a zero D must leave the output as it is, bit for bit, and the adapted
@@ -58,13 +60,27 @@ def register(
 
 
 def host_of(module: nn.Module) -> type[Host] | None:
-    """The host of a module's exact type; None if it has none."""
-    return module.miss_host if isinstance(module, AdaptedLayer) else _HOSTS.get(type(module))
+    """The host of a module's exact type; None if it has none.
+
+    Subclasses of `nn.Linear` that inherit its ``forward`` have the host of `nn.Linear`.
+    """
+    if isinstance(module, AdaptedLayer):
+        return module.miss_host
+    kind: Any = type(module)
+    host = _HOSTS.get(kind) or _HOSTS_BY_NAME.get((kind.__module__, kind.__qualname__))
+    inherits = host is None and kind.forward is nn.Linear.forward
+    return LinearHost if inherits and issubclass(kind, nn.Linear) else host
 
 
 def host_named(path: str) -> type[Host] | None:
-    """The registered host with this import path; None if there is none."""
-    return next((host for host in _HOSTS.values() if path_of(host) == path), None)
+    """The registered host that files have under this path; None if there is none."""
+    known = (*_HOSTS.values(), *_HOSTS_BY_NAME.values())
+    return next((host for host in known if file_path(host) == path), None)
+
+
+def file_path(host: type[Host]) -> str:
+    """What files call a host: its import path, or that of the host that it stands for."""
+    return path_of(host.stands_for or host)
 
 
 def path_of(kind: type) -> str:
@@ -122,8 +138,11 @@ def refusal(module: nn.Module) -> str | None:
         do = "call torch.nn.utils.parametrize.remove_parametrizations first"
         return f"is parametrized ({kind}): {do}"
     if host is None:
-        rule = "only torch.nn.Linear itself and registered types are adapted, as another type may"
-        return f"is a {kind}; {rule} compute something else: see miss.register"
+        with_own = " with a forward of its own" if isinstance(module, nn.Linear) else ""
+        rule = (
+            f"is a {kind}{with_own}, and may compute something else than the layers that are known"
+        )
+        return f"{rule}: see miss.register, for {kind}"
     parameters = parameters_of(module)
     if not parameters:
         missing = " or ".join(map(repr, host.axes))

@@ -6,11 +6,9 @@ type. That type's ``forward`` computes the base's output; the mixin adds the del
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miss.errors import ShapeError, StateError, TargetError, at, merged_error
@@ -157,17 +155,9 @@ class AdaptedLayer(_Mixin):
             with at(type(self).__name__):
                 rule = "a layer that a host describes returns one tensor"
                 raise StateError(rule, actual=type(y).__name__)
-        host, last = self.miss_host, self.miss_host.features == -1
-        y = y if last else y.movedim(host.features, -1)
         for parameter, config in self._miss_configs.items():
-            d = config.form.whole(getattr(self, d_name(parameter)), config)
-            dropping = self.training and config.dropout > 0
-            z = F.dropout(x, config.dropout) if dropping else x
-            product = partial(host.product, self, parameter=parameter)
-            if not last:
-                z, product = z.movedim(host.features, -1), partial(_moved, product, host.features)
-            y = config.form.add(z, y, d, config.scale, product, config.rank)
-        return y if last else y.movedim(-1, host.features)
+            y = self.miss_host.add(self, x, y, parameter, config)
+        return y
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus the delta's, in the dtype that the base layer gives.
@@ -292,9 +282,3 @@ def _reset_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     self._miss_zero()
     return super(AdaptedLayer, self).reset_parameters(*args, **kwargs)
-
-
-def _moved(product: Any, features: int, x: Tensor, d: Tensor) -> Tensor:
-    """``product`` between tensors whose features have been moved to the end."""
-    y: Tensor = product(x.movedim(-1, features), d).movedim(features, -1)
-    return y

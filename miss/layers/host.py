@@ -3,12 +3,14 @@
 import copy
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miss.errors import StateError, at
-from miss.forms import Axes
+from miss.forms import Axes, LayerConfig
 
 __all__ = ["Depth", "Host", "base_name", "d_name", "named_input"]
 
@@ -22,10 +24,18 @@ class Host:
     Attributes:
         axes: for each Parameter that can be adapted, by name: its axes "out" and "in".
         features: the axis of the layer's input, and of its output, that holds the features.
+        drops: whether inputs of the adapter can be dropped; if not, dropout is a `ShapeError`.
+        stands_for: another host, if D means the same there: files move between the layers of both.
+        lora: what PEFT's LoRA calls its two tensors of such a layer; None if it has none.
+        peft: whether PEFT's MiSS adapts such a layer.
     """
 
     axes: ClassVar[Mapping[str, Axes]] = {"weight": (0, 1)}
     features: ClassVar[int] = -1
+    drops: ClassVar[bool] = True
+    stands_for: "ClassVar[type[Host] | None]" = None
+    lora: ClassVar[tuple[str, str] | None] = None
+    peft: ClassVar[bool] = False
 
     @staticmethod
     def sizes(layer: Any, parameter: str) -> tuple[int, ...]:
@@ -51,6 +61,31 @@ class Host:
         raise StateError("a host must define product(layer, x, d, parameter)")
 
     @staticmethod
+    def blank(layer: Any, parameter: str) -> int | None:
+        """A position of the axis "in" at which the delta stays zero; None if there is none."""
+        return None
+
+    @classmethod
+    def add(cls, layer: Any, x: Tensor, y: Tensor, parameter: str, config: LayerConfig) -> Tensor:
+        """``y`` plus the product of a Parameter's delta with the layer's input ``x``.
+
+        It drops inputs, moves the features last and back, and leaves the sums to the form. A host
+        whose input has no features overrides it.
+
+        Shape:
+            That of ``y``.
+        """
+        d = config.form.whole(getattr(layer, d_name(parameter)), config)
+        x = F.dropout(x, config.dropout) if layer.training and config.dropout > 0 else x
+        product = partial(cls.product, layer, parameter=parameter)
+        if cls.features == -1:
+            return config.form.add(x, y, d, config.scale, product, config.rank)
+        x, y = x.movedim(cls.features, -1), y.movedim(cls.features, -1)
+        product = partial(_moved, product, cls.features)
+        y = config.form.add(x, y, d, config.scale, product, config.rank)
+        return y.movedim(-1, cls.features)
+
+    @staticmethod
     def fast(layer: Any, x: Tensor) -> Tensor | None:
         """Base and delta at once, if the host has a faster way that applies; else None.
 
@@ -70,6 +105,12 @@ class Host:
     def refusal(layer: nn.Module) -> str | None:
         """Why this layer cannot be adapted although others of its type can; None if it can."""
         return None
+
+
+def _moved(product: Any, features: int, x: Tensor, d: Tensor) -> Tensor:
+    """``product`` between tensors whose features have been moved to the end."""
+    y: Tensor = product(x.movedim(-1, features), d).movedim(features, -1)
+    return y
 
 
 class Depth:

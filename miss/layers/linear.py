@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miss import fused
+from miss.checks import check_adapter_dtype
 from miss.errors import at
-from miss.forms import LayerConfig, MiSS, MiSSe, check_adapter_dtype, variant
+from miss.forms import LayerConfig, MiSS, MiSSe, variant
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 from miss.layers.swap import attach, new_d
@@ -28,6 +29,9 @@ FAST: dict[tuple[str, bool], Callable[..., Tensor]] = {
 
 class LinearHost(Host):
     """`nn.Linear`: a weight ``(out, in)``, features last, and a fast path."""
+
+    lora = "lora_A.weight", "lora_B.weight"
+    peft = True
 
     @staticmethod
     def product(layer: Any, x: Tensor, d: Tensor, parameter: str) -> Tensor:

@@ -5,8 +5,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from miss.checks import check_adapter_dtype
 from miss.errors import StateError, TargetError, at
-from miss.forms import check_adapter_dtype
 from miss.layers.base import AdaptedLayer
 from miss.layers.swap import new_adapter, swap_
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from miss.errors import ShapeError
 from miss.forms import LayerConfig, variant
 from miss.layers.base import AdaptedLayer
 from miss.layers.forwards import change_class_, offloaded_error, offloads
@@ -56,8 +57,11 @@ def new_adapter(
         raise offloaded_error("D would not be trained")
     host: Any = cls.miss_host
     axes, shape = host.axes[parameter], host.sizes(layer, parameter)
-    form = variant(cls.miss_form, alternate=alternate)
-    config = LayerConfig(form, rank, shape, axes, scale=scale, dropout=dropout)
+    form, blank = variant(cls.miss_form, alternate=alternate), host.blank(layer, parameter)
+    config = LayerConfig(form, rank, shape, axes, scale=scale, dropout=dropout, blank=blank)
+    if config.dropout and not host.drops:
+        rule = f"the inputs of a {cls.miss_type.__name__} cannot be dropped"
+        raise ShapeError(rule, expected="dropout=0.0", actual=f"dropout={dropout!r}")
     return Adapter(layer, parameter, cls, config, new_d(layer, parameter, config, adapter_dtype))
 
 
