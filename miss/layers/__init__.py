@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from miss.errors import StateError, TargetError, at
 from miss.forms import METHODS, Form
 from miss.layers.base import AdaptedLayer
+from miss.layers.bitsandbytes import Linear4bitHost, Linear8bitHost
 from miss.layers.example import check_example
 from miss.layers.forwards import replaced
 from miss.layers.host import Host, base_name, d_name
 from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
+from miss.layers.quantised import quantised_refusal
 from miss.tensors import is_dtensor
 
 __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
@@ -22,7 +24,13 @@ __all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal
 # The registry: the host of each layer type, and the class of each (type, host, form).
 _HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost}
 # Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
-_HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {("timm.layers.linear", "Linear"): LinearHost}
+_HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {
+    ("timm.layers.linear", "Linear"): LinearHost,
+    ("bitsandbytes.nn.modules", "Linear4bit"): Linear4bitHost,
+    ("bitsandbytes.nn.modules", "LinearFP4"): Linear4bitHost,
+    ("bitsandbytes.nn.modules", "LinearNF4"): Linear4bitHost,
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): Linear8bitHost,
+}
 _CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
 for _class in (MiSSeLinear, MiSSLinear):
     _CLASSES[nn.Linear, LinearHost, _class.miss_form] = _class
@@ -121,10 +129,11 @@ def class_of(layer_type: type[nn.Module], host: type[Host], form: type[Form]) ->
 def looks_linear(module: nn.Module) -> bool:
     """Whether a user would call ``module`` a linear layer.
 
-    That is an `nn.Linear`, of any subclass, or the `Conv1D` of transformers.
+    That is an `nn.Linear`, of any subclass, the `Conv1D` of transformers, or a quantised layer of
+    another library.
     """
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
-    return isinstance(module, (nn.Linear, conv1d))
+    return isinstance(module, (nn.Linear, conv1d)) or quantised_refusal(module) is not None
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -137,6 +146,8 @@ def refusal(module: nn.Module) -> str | None:
     if nn.utils.parametrize.is_parametrized(module):
         do = "call torch.nn.utils.parametrize.remove_parametrizations first"
         return f"is parametrized ({kind}): {do}"
+    if host is None and (why := quantised_refusal(module)) is not None:
+        return why
     if host is None:
         with_own = " with a forward of its own" if isinstance(module, nn.Linear) else ""
         rule = (
@@ -226,7 +237,7 @@ def _make_class(
     """The class of adapted layers of a registered type. They pickle by type, host and form."""
     doc = f"{layer_type.__name__}, adapted with {form.prefix}."
     body = {"miss_form": form, "miss_host": host, "miss_type": layer_type, "__doc__": doc}
-    body |= {"__module__": layer_type.__module__, "__reduce_ex__": _reduce}
+    body |= {"__module__": layer_type.__module__, "__reduce_ex__": _reduce, **host.attributes}
     if hasattr(layer_type, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     name = f"{form.prefix}{layer_type.__name__}"

@@ -1,0 +1,35 @@
+"""Quantised layers of other libraries that cannot be adapted, known by the path of their type."""
+
+from torch import nn
+
+__all__ = ["quantised_refusal"]
+
+_LOAD = "load the model with transformers' BitsAndBytesConfig or TorchAoConfig instead, whose "
+_LOAD += "layers are adapted"
+_LATER = "adapt the full-precision model, train it, miss.eject(model, merge=True), then quantise"
+
+# By the first parts of a module's path: the library's name, and what to do.
+_LIBRARIES: dict[tuple[str, ...], tuple[str, str]] = {
+    ("torch", "ao", "nn", "quantized"): ("torch.ao", _LATER),
+    ("torch", "ao", "nn", "intrinsic", "quantized"): ("torch.ao", _LATER),
+    ("hqq",): ("HQQ", _LOAD),
+    ("gptqmodel",): ("GPTQ", _LOAD),
+    ("auto_gptq",): ("GPTQ", _LOAD),
+    ("awq",): ("AWQ", _LOAD),
+}
+
+
+def quantised_refusal(module: nn.Module) -> str | None:
+    """Why a quantised layer cannot be adapted, and what to do; None for all other modules.
+
+    Containers are not refused: only modules that hold no other module are.
+    """
+    kind = type(module)
+    path = tuple(kind.__module__.split("."))
+    if len(path) == 1 or (module._modules and path[0] == "torch"):
+        return None
+    for start, (library, do) in _LIBRARIES.items():
+        if path[: len(start)] == start:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            return f"is a {name}, a quantised layer of {library}, which has no host: {do}"
+    return None
