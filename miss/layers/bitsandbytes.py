@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from miss import around
+from miss.errors import ShapeError, at
 from miss.forms import LayerConfig
 from miss.layers.host import Host
 from miss.layers.linear import LinearHost
@@ -28,6 +29,18 @@ class _QuantisedHost(LinearHost):
     def sizes(layer: Any, parameter: str) -> tuple[int, ...]:
         """``(out_features, in_features)``."""
         return layer.out_features, layer.in_features
+
+    @staticmethod
+    def product(layer: Any, x: Tensor, d: Tensor, parameter: str) -> Tensor:
+        """``x d^T``.
+
+        Raises:
+            ShapeError: the input is of whole numbers, for which bitsandbytes raises nothing.
+        """
+        if not x.is_floating_point():
+            with at(type(layer).__name__):
+                raise ShapeError("needs an input of a floating dtype", actual=str(x.dtype))
+        return LinearHost.product(layer, x, d, parameter)
 
     @staticmethod
     def fast(layer: Any, x: Tensor) -> Tensor | None:

@@ -20,16 +20,14 @@ _LIBRARIES: dict[tuple[str, ...], tuple[str, str]] = {
 
 
 def quantised_refusal(module: nn.Module) -> str | None:
-    """Why a quantised layer cannot be adapted, and what to do; None for all other modules.
+    """Why a quantised linear layer cannot be adapted, and what to do; None for all other modules.
 
-    Containers are not refused: only modules that hold no other module are.
+    A module is a linear layer here if it has ``in_features``.
     """
     kind = type(module)
     path = tuple(kind.__module__.split("."))
-    if len(path) == 1 or (module._modules and path[0] == "torch"):
-        return None
     for start, (library, do) in _LIBRARIES.items():
-        if path[: len(start)] == start:
+        if path[: len(start)] == start and hasattr(module, "in_features"):
             name = f"{kind.__module__}.{kind.__qualname__}"
             return f"is a {name}, a quantised layer of {library}, which has no host: {do}"
     return None
