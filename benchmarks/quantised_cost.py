@@ -1,8 +1,8 @@
 """What an adapted quantised linear layer costs beside its base, and beside those of PEFT.
 
-The base is a frozen layer of bitsandbytes: `Linear4bit` in nf4, or `Linear8bitLt`. A step is forward
-and backward with the gradient of the input, in training mode. Except for the output-sharded MiSS,
-all competitors compute one function, which is asserted before anything is timed. The model is
+The base is a frozen layer of bitsandbytes: `Linear4bit` in nf4, or `Linear8bitLt`. A step is
+forward and backward with the gradient of the input, in training mode. Except for the output-sharded
+MiSS, all competitors compute one function, which is asserted before anything is timed. The model is
 SmolLM2-135M with its 210 linear layers in nf4. Times are interleaved in one process. Bytes are
 counted, not sampled. The full run takes under ten minutes on two cores.
 """

@@ -45,6 +45,8 @@ from tests.battery import Battery, dtypes, ranks
 from tests.models import perturb, snapshot
 from tests.pretrained import TEXTS
 from tests.strategies import OPTIONS, methods
+from tests.test_site import HEAVY
+from tests.test_site import test_code_of_a_page_runs_as_shown as run_page
 from tests.test_trainer import trainer
 
 REASON = "needs the extra `test-heavy`, which the README's command leaves out"
@@ -606,3 +608,8 @@ def test_bad_input():
         inject(nn.Sequential(four_bit("nf4", False, sizes)), "0", rank=129)
     model = inject(nn.Sequential(four_bit("nf4", False, sizes)), "0", rank=2)
     assert host_of(eject(model)[0]).__name__ == "Linear4bitHost"
+
+
+@pytest.mark.parametrize("page", HEAVY)
+def test_code_of_the_pages_on_quantised_models(page, tmp_path, monkeypatch, capsys):
+    run_page(page, tmp_path, monkeypatch, capsys)
