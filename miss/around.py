@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miss.functional import block_factor, expand_blocks, scaled, shard_sum
-from miss.fused import fast_block_reduce, no_view, untransformed
+from miss.fused import fast_block_reduce, untransformed
 from miss.gradients import adapter_grad, add_blocks_, add_shards_, in_place, rows_of, times
 from miss.tensors import is_ordinary
 
@@ -102,7 +102,7 @@ class _TakeSums(torch.autograd.Function):
         if dx is None or not _writable(dx):
             part = expand_blocks(ds, ctx.shape[-1], ctx.alternate)
             return part if dx is None else dx + part, None, None, None
-        return no_view(add_blocks_(dx, ds, ctx.alternate)), None, None, None
+        return add_blocks_(dx, ds, ctx.alternate), None, None, None
 
 
 class _TakeProduct(torch.autograd.Function):
@@ -125,7 +125,7 @@ class _TakeProduct(torch.autograd.Function):
         if dx is None or not _writable(dx):
             return dz @ d if dx is None else dx + dz @ d, dd, None
         dx.view(-1, dx.shape[-1]).addmm_(rows_of(dz), d)
-        return no_view(dx), dd, None
+        return dx, dd, None
 
 
 class _GiveProduct(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _GiveProduct(torch.autograd.Function):
         ctx.factor, ctx.dtype = factor, d.dtype
         y = y.contiguous()
         y.view(-1, y.shape[-1]).addmm_(rows_of(s), scaled(d, factor, y.dtype).t())
-        return no_view(y)
+        return _own(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -158,11 +158,21 @@ class _GiveShards(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, z: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.shards = z.shape[-1]
-        return no_view(add_shards_(y.contiguous(), z))
+        return _own(add_shards_(y.contiguous(), z))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return dy, None if dy is None else shard_sum(dy, ctx.shards)
+
+
+def _own(y: Tensor) -> Tensor:
+    """A tensor of its own over the elements of ``y``, to which a user may write in place.
+
+    What a node returns as it was given is a view to autograd, which forbids that.
+    """
+    own: Any = y.new_empty(0)
+    moved: Tensor = own.set_(y)
+    return moved
 
 
 def _writable(dx: Tensor) -> bool:

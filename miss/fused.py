@@ -27,7 +27,7 @@ from miss.gradients import (
 )
 from miss.tensors import is_ordinary
 
-__all__ = ["fast_block_reduce", "fits", "miss_linear", "misse_linear", "no_view", "untransformed"]
+__all__ = ["fast_block_reduce", "fits", "miss_linear", "misse_linear", "untransformed"]
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
@@ -158,7 +158,7 @@ class _MiSSe(torch.autograd.Function):
         _save(ctx, x, weight, d, scale, s)
         ctx.factor = block_factor(x.shape[-1], d.shape[1], y.dtype, alternate)
         ctx.alternate = alternate
-        return no_view(y), s
+        return _no_view(y), s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -192,7 +192,7 @@ class _MiSS(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
     ) -> Tensor:
         _save(ctx, x, weight, d, scale, x)
-        return no_view(_miss(x, weight, bias, d, scale))
+        return _no_view(_miss(x, weight, bias, d, scale))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -222,7 +222,7 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Te
     ctx.scale, ctx.dtype, ctx.rows = scale, d.dtype, len(d)
 
 
-def no_view(y: Tensor) -> Tensor:
+def _no_view(y: Tensor) -> Tensor:
     """``y`` as a tensor of its own: autograd forbids writing to a view that a node returns."""
     if y.dim() == 2:
         return y

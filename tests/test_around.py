@@ -132,6 +132,16 @@ def test_the_delta_goes_into_the_bases_output_and_gradient(form):
 
 
 @forms
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_the_output_may_be_written_in_place(form, shape):
+    base, x, d, dy = case(form, shape)
+    want = FAST[form](base, x, d).relu()
+    got = FAST[form](base, x, d).relu_()
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(y, x, dy)[0] for y in (got, want)))
+
+
+@forms
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_checkpointing(form, reentrant):
     base, x, d, dy = case(form, ((3,), 10, 7, 3))
