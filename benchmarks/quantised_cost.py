@@ -37,6 +37,8 @@ from measure import environment, interleaved, peak_bytes, ratios, require_extras
 from miss import inject
 from miss.forms import MiSSe
 
+ROOT = Path(__file__).parent.parent
+PAGE, RESULT = ROOT / "docs" / "performance.md", ROOT / "benchmarks/results/quantised_cost.json"
 KINDS = ("nf4", "int8")
 SHAPES = [Shape(1024, 1024), Shape(1024, 4096), Shape(4096, 1024)]
 SHAPES += [Shape(1024, 4096, torch.bfloat16), Shape(576, 1536), Shape(1000, 1500)]
@@ -165,6 +167,19 @@ def overview(result: dict) -> str:
     return table(head, lines)
 
 
+def tables(result: dict) -> str:
+    """All tables."""
+    parts = [overview(result)]
+    for kind in KINDS:
+        rows = result[kind]
+        names = [name for name in rows[0]["results"] if name != BASE]
+        how = f"Step over the base's, {kind}, {result['threads']} threads: median (minimum)"
+        parts += [report(how, rows, names), report_bytes(rows, names)]
+    if "training" in result:
+        parts.append("\n" + model_cost.report_training(result["training"]))
+    return "\n".join(parts)
+
+
 def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(
@@ -176,7 +191,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write what was measured")
+    parser.add_argument(
+        "--publish", action="store_true", help="only write the result's tables into the docs"
+    )
     args = parser.parse_args()
+    if args.publish:
+        from publish import filled
+
+        text = tables(json.loads(RESULT.read_text()))
+        PAGE.write_text(filled(PAGE.read_text(), "quantised_cost", text))
+        return
     require_extras("quantised_cost", EXTRAS)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast
     if args.json:
@@ -189,15 +213,11 @@ def main() -> None:
     result: dict[str, object] = {"environment": environment(), "rank": RANK, "rounds": rounds}
     result["threads"] = args.threads
     for kind in KINDS:
-        rows = result[kind] = list(steps(kind, shapes, tokens, rounds))
-        names = [name for name in rows[0]["results"] if name != BASE]
-        print(report(f"Step over the base's, {kind}: median (minimum)", rows, names))
-        print(report_bytes(rows, names), flush=True)
-    print("\nOverhead, geometric mean over layers and lengths\n\n" + overview(result))
+        result[kind] = list(steps(kind, shapes, tokens, rounds))
     if not args.quick:
         row = model_cost.training(load_nf4(), torch.float32, rounds)
         result["training"] = [row | {"dtype": "nf4, computed in float32"}]
-        print("\n" + model_cost.report_training(result["training"]))
+    print(tables(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

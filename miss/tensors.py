@@ -1,5 +1,6 @@
 """What a tensor is: ordinary, a DTensor, writable, tied, held by FSDP. Only this module asks."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypeGuard
@@ -88,7 +89,13 @@ def has_two_axes(tensor: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def numel(tensor: Tensor) -> int:
-    """The number of elements; 0 if the tensor has no shape yet."""
+    """The number of elements; 0 if the tensor has no shape yet.
+
+    In a 4-bit weight of bitsandbytes, that of the weights that are packed in it.
+    """
+    packed: Any = getattr(getattr(tensor, "quant_state", None), "shape", None)
+    if packed is not None:
+        return math.prod(packed)
     return 0 if is_lazy(tensor) else tensor.numel()
 
 

@@ -447,6 +447,8 @@ def test_a_model_of_transformers(tmp_path: pathlib.Path, kind: str, prepared: bo
     with no_warning_of_ours():
         model = inject(base, "all-linear", rank=4)
     assert len(adapted_modules(model)) == 14
+    plain = summary(inject(tiny("full", tmp_path / "base"), "all-linear", rank=4))
+    assert str(summary(model)) == str(plain)  # packed weights count in full
     assert all(d.dtype == torch.float32 for d in adapter_parameters(model))
     torch.testing.assert_close(model.train()(TOKENS).logits, logits)
     verify(model, TOKENS, backward=True)
