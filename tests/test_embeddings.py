@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import miss
 from miss import MiSSeEmbedding, MiSSEmbedding, ShapeError, StateError, TargetError, interop
@@ -170,7 +171,7 @@ def test_a_vocabulary_that_grows_under_its_adapter_is_an_error():
 
 
 @methods
-@pytest.mark.parametrize("layer", ["embedding", "Conv1D", "all of GPT-2"])
+@pytest.mark.parametrize("layer", ["embedding", "scaled embedding", "Conv1D", "all of GPT-2"])
 def test_peft_reads_the_export(layer: str, method: str, tmp_path):
     if layer == "all of GPT-2":
         model, inputs, targets = tied("gpt2"), TOKENS, ["c_attn", "c_proj", "c_fc", "wte"]
@@ -178,6 +179,9 @@ def test_peft_reads_the_export(layer: str, method: str, tmp_path):
         torch.manual_seed(0)
         body = transformers.pytorch_utils.Conv1D(5, 12)
         model, inputs, targets = nn.Sequential(nn.ReLU(), body).eval(), torch.randn(3, 12), "1"
+    elif layer == "scaled embedding":
+        scaled = Gemma3TextScaledWordEmbedding(64, 12, 0, embed_scale=3.0)
+        model, inputs, targets = nn.Sequential(scaled), TOKENS, "0"
     else:
         model, inputs, targets = embeddings(), TOKENS, "0"
     base = copy.deepcopy(model)
