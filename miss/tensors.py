@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 __all__ = ["ADAPTER_DTYPES", "SAMPLES", "Owners", "can_be_trained", "contiguous"]
 __all__ += ["has_two_axes", "is_data", "is_dtensor", "is_lazy", "is_managed", "is_ordinary"]
-__all__ += ["largest", "numel", "owners", "positions", "same", "tied_to", "unwritable"]
+__all__ += ["largest", "numel", "owners", "positions", "quantised", "same", "tied_to", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLES = 64  # how many values of a tensor `positions` names, unless told
@@ -51,6 +51,14 @@ def is_managed(module: nn.Module) -> bool:
     FSDP1 and ``fully_shard`` leave this mark for torch's compiler on every module that they manage.
     """
     return bool(module.__dict__.get("_is_fsdp_managed_module", False))
+
+
+def quantised(tensor: Tensor) -> str | None:
+    """The type or dtype of a tensor that holds a quantised weight; None if it does not."""
+    kind = type(tensor)
+    if kind.__module__.partition(".")[0] in ("bitsandbytes", "torchao"):
+        return f"{kind.__name__}, {tensor.dtype}"
+    return None if tensor.dtype in ADAPTER_DTYPES else str(tensor.dtype)
 
 
 def unwritable(tensor: Tensor) -> str | None:
