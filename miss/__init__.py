@@ -9,6 +9,7 @@ from miss.checkpoint import load, save
 from miss.errors import CheckpointError, MissError, ShapeError, StateError, TargetError
 from miss.inject import eject, inject
 from miss.layers import AdaptedLayer, Host, register
+from miss.layers.embedding import MiSSeEmbedding, MiSSEmbedding
 from miss.layers.linear import MiSSeLinear, MiSSLinear
 from miss.merging import merge, unmerge
 from miss.state_dicts import adapter_state_dict, combine, load_adapter_state_dict
@@ -19,7 +20,9 @@ __all__ = [
     "AdaptedLayer",
     "CheckpointError",
     "Host",
+    "MiSSEmbedding",
     "MiSSLinear",
+    "MiSSeEmbedding",
     "MiSSeLinear",
     "MissError",
     "ShapeError",

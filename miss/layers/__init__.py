@@ -1,4 +1,4 @@
-"""Which layers can be adapted: the registry of layer types, and the classes of adapted layers."""
+"""Which layers can be adapted: the registry of layer types."""
 
 import functools
 import sys
@@ -8,33 +8,33 @@ from typing import Any
 from torch import Tensor, nn
 
 from miss.errors import StateError, TargetError, at
-from miss.forms import METHODS, Form
+from miss.forms import METHODS
 from miss.layers.base import AdaptedLayer
 from miss.layers.bitsandbytes import Linear4bitHost, Linear8bitHost
+from miss.layers.embedding import EmbeddingHost, ScaledEmbeddingHost
 from miss.layers.example import check_example
 from miss.layers.forwards import replaced
 from miss.layers.host import Host, base_name, d_name
-from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
+from miss.layers.linear import LinearHost
+from miss.layers.made import class_of, path_of
 from miss.layers.quantised import quantised_refusal
+from miss.layers.transformers import Conv1DHost
 from miss.tensors import is_dtensor
 
 __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
 __all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal", "register"]
 
-# The registry: the host of each layer type, and the class of each (type, host, form).
-_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost}
+# The registry: the host of each layer type.
+_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
 # Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
 _HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {
     ("timm.layers.linear", "Linear"): LinearHost,
+    ("transformers.pytorch_utils", "Conv1D"): Conv1DHost,
     ("bitsandbytes.nn.modules", "Linear4bit"): Linear4bitHost,
     ("bitsandbytes.nn.modules", "LinearFP4"): Linear4bitHost,
     ("bitsandbytes.nn.modules", "LinearNF4"): Linear4bitHost,
     ("bitsandbytes.nn.modules", "Linear8bitLt"): Linear8bitHost,
 }
-_CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
-for _class in (MiSSeLinear, MiSSLinear):
-    _CLASSES[nn.Linear, LinearHost, _class.miss_form] = _class
-
 # What an adapted layer must find free.
 _NAMES = {name for name in dir(AdaptedLayer) if name.startswith(("miss_", "_miss_"))}
 
@@ -76,24 +76,29 @@ def host_of(module: nn.Module) -> type[Host] | None:
         return module.miss_host
     kind: Any = type(module)
     host = _HOSTS.get(kind) or _HOSTS_BY_NAME.get((kind.__module__, kind.__qualname__))
-    inherits = host is None and kind.forward is nn.Linear.forward
-    return LinearHost if inherits and issubclass(kind, nn.Linear) else host
+    if host is None and issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward:
+        return LinearHost
+    if host is None and isinstance(module, nn.Embedding) and _scales_rows(module):
+        return ScaledEmbeddingHost
+    return host
+
+
+def _scales_rows(layer: nn.Embedding) -> bool:
+    """Whether an embedding is one of the ``...ScaledWordEmbedding`` classes of transformers."""
+    kind = type(layer)
+    ours = kind.__module__.startswith("transformers.") and hasattr(layer, "embed_scale")
+    return ours and kind.__qualname__.endswith("ScaledWordEmbedding")
 
 
 def host_named(path: str) -> type[Host] | None:
     """The registered host that files have under this path; None if there is none."""
-    known = (*_HOSTS.values(), *_HOSTS_BY_NAME.values())
+    known = (*_HOSTS.values(), *_HOSTS_BY_NAME.values(), ScaledEmbeddingHost)
     return next((host for host in known if file_path(host) == path), None)
 
 
 def file_path(host: type[Host]) -> str:
     """What files call a host: its import path, or that of the host that it stands for."""
     return path_of(host.stands_for or host)
-
-
-def path_of(kind: type) -> str:
-    """The import path of a type."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def parameters_of(module: nn.Module) -> list[str]:
@@ -116,14 +121,6 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The direct Parameters of a module by their names in it, without D's."""
     ds = d_names(module)
     return {k: p for k, p in module._parameters.items() if p is not None and k not in ds}
-
-
-def class_of(layer_type: type[nn.Module], host: type[Host], form: type[Form]) -> type[AdaptedLayer]:
-    """The class of adapted layers of a type, made at the first call."""
-    key = layer_type, host, METHODS[form.name]
-    if key not in _CLASSES:
-        _CLASSES[key] = _make_class(*key)
-    return _CLASSES[key]
 
 
 def looks_linear(module: nn.Module) -> bool:
@@ -229,62 +226,3 @@ def _imported(path: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
-
-
-def _make_class(
-    layer_type: type[nn.Module], host: type[Host], form: type[Form]
-) -> type[AdaptedLayer]:
-    """The class of adapted layers of a registered type. They pickle by type, host and form."""
-    doc = f"{layer_type.__name__}, adapted with {form.prefix}."
-    body = {"miss_form": form, "miss_host": host, "miss_type": layer_type, "__doc__": doc}
-    body |= {"__module__": layer_type.__module__, "__reduce_ex__": _reduce, **host.attributes}
-    if hasattr(layer_type, "__deepcopy__"):
-        body["__deepcopy__"] = _deepcopy
-    name = f"{form.prefix}{layer_type.__name__}"
-    meta: Any = type(layer_type)
-    made: type[AdaptedLayer] = meta(name, (AdaptedLayer, layer_type), body)
-    return made
-
-
-def _rebuild(
-    layer_type: type[nn.Module], host: type[Host], form: type[Form], build: Any, *args: Any
-) -> Any:
-    """An object of a made class, before its state; the process need not have registered the type.
-
-    ``build(*args)`` gives one of the layer's own type.
-    """
-    layer = build(*args)
-    object.__setattr__(layer, "__class__", class_of(layer_type, host, form))
-    return layer
-
-
-def _reduce(self: AdaptedLayer, protocol: Any) -> Any:
-    """Pickle by the import paths of type, host and form, because a made class has none.
-
-    The type may pickle in its own way, as long as ``__dict__`` is its state or in its state.
-    """
-    reduced: Any = super(AdaptedLayer, self).__reduce_ex__(protocol)
-    key, made = (self.miss_type, self.miss_host, self.miss_form), type(self)
-    if isinstance(reduced, str) or made is not class_of(*key):  # swapped again, as FSDP does
-        return reduced
-    build, args, *rest = reduced
-    state = rest[0] if rest else {}
-    if isinstance(state, dict) and "_miss_configs" not in state:
-        raise _lost(self, "__reduce__ or __getstate__")
-    own = (self.miss_type if part is made else part for part in (build, *args))
-    return (_rebuild, (*key, *own), *rest)
-
-
-def _deepcopy(self: Any, memo: Any) -> Any:
-    """As the type's own ``__deepcopy__``, if that copies the adapter."""
-    copied = super(AdaptedLayer, self).__deepcopy__(memo)
-    if type(copied) is not type(self) or copied.miss_configs != self.miss_configs:
-        raise _lost(self, "__deepcopy__")
-    return copied
-
-
-def _lost(layer: AdaptedLayer, method: str) -> StateError:
-    rule = f"cannot be copied: the {method} of {path_of(layer.miss_type)} leaves out the adapter"
-    error = StateError(rule, do="let it make an object of type(self), with all of __dict__")
-    error.where = type(layer).__name__
-    return error

@@ -8,7 +8,7 @@ from torch import nn
 from miss.checks import check_adapter_dtype
 from miss.errors import StateError, TargetError, at
 from miss.layers.base import AdaptedLayer
-from miss.layers.swap import new_adapter, swap_
+from miss.layers.swap import Adapter, attach, new_adapter, swap_
 
 __all__ = ["TorchLayer"]
 
@@ -90,33 +90,42 @@ class TorchLayer(AdaptedLayer):
         >>> linear
         MiSSeLinear(in_features=6, out_features=4, bias=True, rank=2, scale=1.0, dropout=0.0)
         """
-        from miss.layers import path_of, refusal  # late, because the registry imports this class
+        from miss.layers import (
+            host_of,
+            path_of,
+            refusal,
+        )  # late, because the registry imports this class
 
         with at(type(layer).__name__):
             if isinstance(layer, AdaptedLayer):
                 raise StateError("is adapted already", do="miss.eject(layer) first")
             if type(layer) is not cls.miss_type:
                 expected, actual = path_of(cls.miss_type), path_of(type(layer))
-                do = "miss.register(type, host) and miss.inject, for a type of your own"
-                looks = isinstance(layer, cls.miss_type)
-                rule = (refusal(layer) if looks else None) or f"is not a {expected} itself"
+                rule, do = f"is not a {expected} itself", "miss.inject, which adapts it"
+                if host_of(layer) is None:
+                    rule = (isinstance(layer, cls.miss_type) and refusal(layer)) or rule
+                    do = "miss.register(type, host) and miss.inject, for a type of your own"
                 raise TargetError(rule, expected=expected, actual=actual, do=do)
             if (reason := refusal(layer)) is not None:
                 raise StateError(reason)
-            check_adapter_dtype(adapter_dtype)
-            plan = []
-            for parameter in cls.miss_host.axes:
-                adapter = new_adapter(
-                    layer,
-                    parameter,
-                    cls,
-                    rank,
-                    scale=scale,
-                    dropout=dropout,
-                    alternate=alternate,
-                    adapter_dtype=adapter_dtype,
-                )
-                plan.append(adapter)
+            settings = {"scale": scale, "dropout": dropout, "alternate": alternate}
+            plan = cls._miss_plan(layer, rank, adapter_dtype=adapter_dtype, **settings)
         for adapter in plan:
             swap_(adapter)
         return cast("Self", layer)
+
+    @classmethod
+    def _miss_plan(
+        cls, layer: nn.Module, rank: int, *, adapter_dtype: torch.dtype | None, **settings: Any
+    ) -> list[Adapter]:
+        check_adapter_dtype(adapter_dtype)
+        given = settings | {"adapter_dtype": adapter_dtype}
+        return [new_adapter(layer, p, cls, rank, **given) for p in cls.miss_host.axes]
+
+    def _miss_begin(self, rank: int, **settings: Any) -> None:
+        """Freeze a layer that the constructor of its own type has made, and give it a zero D."""
+        with at(type(self).__name__):
+            plan = self._miss_plan(self, rank, **settings)
+        self.requires_grad_(False)
+        for adapter in plan:
+            attach(self, adapter.parameter, adapter.config, adapter.d)
