@@ -9,6 +9,14 @@ from miss.checkpoint import load, save
 from miss.errors import CheckpointError, MissError, ShapeError, StateError, TargetError
 from miss.inject import eject, inject
 from miss.layers import AdaptedLayer, Host, register
+from miss.layers.conv import (
+    MiSSConv1d,
+    MiSSConv2d,
+    MiSSConv3d,
+    MiSSeConv1d,
+    MiSSeConv2d,
+    MiSSeConv3d,
+)
 from miss.layers.linear import MiSSeLinear, MiSSLinear
 from miss.merging import merge, unmerge
 from miss.state_dicts import adapter_state_dict, combine, load_adapter_state_dict
@@ -19,7 +27,13 @@ __all__ = [
     "AdaptedLayer",
     "CheckpointError",
     "Host",
+    "MiSSConv1d",
+    "MiSSConv2d",
+    "MiSSConv3d",
     "MiSSLinear",
+    "MiSSeConv1d",
+    "MiSSeConv2d",
+    "MiSSeConv3d",
     "MiSSeLinear",
     "MissError",
     "ShapeError",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from miss.functional import expand_blocks, scaled, shard_runs
 
-__all__ = ["adapter_grad", "add_blocks_", "add_shards_", "miss_input_grad", "misse_input_grad"]
-__all__ += ["rows_of", "times", "transformed", "watched"]
+__all__ = ["adapter_grad", "add_blocks_", "add_shards_", "in_place", "miss_input_grad"]
+__all__ += ["misse_input_grad", "rows_of", "times", "transformed", "watched"]
 
 # Whether a transform of torch.func is active, and how many dispatch modes are: selective
 # checkpointing, tracers, counters. torch has no public names for these. If they are missing, the
@@ -68,11 +68,11 @@ def misse_input_grad(
     ``ds`` is the gradient of ``S``, the block sum divided by ``factor``.
     """
     d = scaled(d, scale, dy.dtype)
-    if ds is None and _in_place() and (rows := _tile_rows(dy, weight, d)):
+    if ds is None and in_place() and (rows := _tile_rows(dy, weight, d)):
         return _input_grad_by_tiles(dy, weight, d, rows, alternate)
     part = dy @ d if ds is None else dy @ d + times(ds, 1 / factor)
     dx = dy @ weight
-    if ds is None and _in_place():
+    if ds is None and in_place():
         return add_blocks_(dx, part, alternate)
     return dx + expand_blocks(part, dx.shape[-1], alternate)
 
@@ -111,7 +111,7 @@ def _tile_rows(dy: Tensor, weight: Tensor, d: Tensor) -> int:
 def miss_input_grad(dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor:
     """``dy (weight + expand_shards(d))``, with ``dz = shard_sum(dy)``."""
     dx = dy @ weight
-    if not _in_place() or dx.dtype != d.dtype:  # in a backward under autocast
+    if not in_place() or dx.dtype != d.dtype:  # in a backward under autocast
         return dx + dz @ d
     dx.view(-1, dx.shape[-1]).addmm_(rows_of(dz), d)
     return dx
@@ -123,7 +123,7 @@ def adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> Te
     If that is another dtype, the product is made a part at a time, which takes less memory.
     """
     dy, s = rows_of(dy), rows_of(s)
-    if dy.dtype == dtype or not _in_place():
+    if dy.dtype == dtype or not in_place():
         return scaled(dy.t() @ s, factor, dtype)
     dd = dy.new_empty(dy.shape[1], s.shape[1], dtype=dtype)
     narrow, wide, out = (s, dy, dd.t()) if len(dd) > dd.shape[1] else (dy, s, dd)
@@ -135,7 +135,7 @@ def adapter_grad(dy: Tensor, s: Tensor, factor: float, dtype: torch.dtype) -> Te
     return dd
 
 
-def _in_place() -> bool:
+def in_place() -> bool:
     """Whether a backward may write in place: nothing differentiates, transforms or watches it."""
     return not torch.is_grad_enabled() and not transformed() and not watched()
 

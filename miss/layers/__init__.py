@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from miss.errors import StateError, TargetError, at
 from miss.forms import METHODS, Form
+from miss.layers import conv
 from miss.layers.base import AdaptedLayer
 from miss.layers.example import check_example
 from miss.layers.forwards import replaced
@@ -20,12 +21,13 @@ __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_l
 __all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal", "register"]
 
 # The registry: the host of each layer type, and the class of each (type, host, form).
-_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost}
+_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, **conv.HOSTS}
 # Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
 _HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {("timm.layers.linear", "Linear"): LinearHost}
 _CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
-for _class in (MiSSeLinear, MiSSLinear):
-    _CLASSES[nn.Linear, LinearHost, _class.miss_form] = _class
+_OWN: tuple[type[AdaptedLayer], ...] = (MiSSeLinear, MiSSLinear, *conv.CLASSES)
+for _class in _OWN:
+    _CLASSES[_class.miss_type, _class.miss_host, _class.miss_form] = _class
 
 # What an adapted layer must find free.
 _NAMES = {name for name in dir(AdaptedLayer) if name.startswith(("miss_", "_miss_"))}

@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miss import fused
-from miss.checks import check_adapter_dtype
-from miss.errors import at
-from miss.forms import LayerConfig, MiSS, MiSSe, variant
+from miss.forms import LayerConfig, MiSS, MiSSe
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
-from miss.layers.swap import attach, new_d
 
 __all__ = ["LinearHost", "MiSSLinear", "MiSSeLinear"]
 
@@ -82,14 +79,9 @@ class _AdaptedLinear(TorchLayer, nn.Linear):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        shape = out_features, in_features
-        with at(type(self).__name__):
-            check_adapter_dtype(adapter_dtype)
-            form = variant(self.miss_form, alternate=alternate)
-            config = LayerConfig(form, rank, shape, scale=scale, dropout=dropout)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.requires_grad_(False)
-        attach(self, "weight", config, new_d(self, "weight", config, adapter_dtype))
+        settings = {"scale": scale, "dropout": dropout, "alternate": alternate}
+        self._miss_begin(rank, adapter_dtype=adapter_dtype, **settings)
 
 
 class MiSSeLinear(_AdaptedLinear):

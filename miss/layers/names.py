@@ -8,7 +8,7 @@ from torch import nn
 from miss.checks import check_adapter_dtype
 from miss.errors import StateError, TargetError, at
 from miss.layers.base import AdaptedLayer
-from miss.layers.swap import new_adapter, swap_
+from miss.layers.swap import Adapter, attach, new_adapter, swap_
 
 __all__ = ["TorchLayer"]
 
@@ -103,20 +103,24 @@ class TorchLayer(AdaptedLayer):
                 raise TargetError(rule, expected=expected, actual=actual, do=do)
             if (reason := refusal(layer)) is not None:
                 raise StateError(reason)
-            check_adapter_dtype(adapter_dtype)
-            plan = []
-            for parameter in cls.miss_host.axes:
-                adapter = new_adapter(
-                    layer,
-                    parameter,
-                    cls,
-                    rank,
-                    scale=scale,
-                    dropout=dropout,
-                    alternate=alternate,
-                    adapter_dtype=adapter_dtype,
-                )
-                plan.append(adapter)
+            settings = {"scale": scale, "dropout": dropout, "alternate": alternate}
+            plan = cls._miss_plan(layer, rank, adapter_dtype=adapter_dtype, **settings)
         for adapter in plan:
             swap_(adapter)
         return cast("Self", layer)
+
+    @classmethod
+    def _miss_plan(
+        cls, layer: nn.Module, rank: int, *, adapter_dtype: torch.dtype | None, **settings: Any
+    ) -> list[Adapter]:
+        check_adapter_dtype(adapter_dtype)
+        given = settings | {"adapter_dtype": adapter_dtype}
+        return [new_adapter(layer, p, cls, rank, **given) for p in cls.miss_host.axes]
+
+    def _miss_begin(self, rank: int, **settings: Any) -> None:
+        """Freeze a layer that the constructor of its own type has made, and give it a zero D."""
+        with at(type(self).__name__):
+            plan = self._miss_plan(self, rank, **settings)
+        self.requires_grad_(False)
+        for adapter in plan:
+            attach(self, adapter.parameter, adapter.config, adapter.d)
