@@ -96,8 +96,8 @@ def _misse(
     s = channel_blocks(x, d.shape[1], y.dtype, alternate)
     factor = scale * block_factor(x.shape[1], d.shape[1], y.dtype, alternate)
     d = scaled(d, factor, y.dtype)
-    for start, length in parts_of(len(y), y.numel() > x.numel()):
-        y.narrow(0, start, length).add_(window.conv(s.narrow(0, start, length), d))
+    for some in parts_of(len(y), y.numel() > x.numel()):
+        y.narrow(0, *some).add_(window.conv(s.narrow(0, *some), d))
     return y, s
 
 
@@ -181,12 +181,13 @@ class _MiSS(torch.autograd.Function):
             return (None,) * 6
         weight, d, x = ctx.saved_tensors
         need_x, _, need_bias, need_d, *_ = ctx.needs_input_grad
-        dz = channel_shards(dy, ctx.d_shape[0])
         dx = dd = None
         if need_d:
+            dz = channel_shards(dy, ctx.d_shape[0])
             dd = scaled(ctx.window.weight_grad(dz, x, ctx.d_shape), ctx.scale, ctx.dtype)
+            del dz
         if need_x:
-            dx = miss_conv_input_grad(ctx, dy, dz, weight, scaled(d, ctx.scale, dy.dtype))
+            dx = miss_conv_input_grad(ctx, dy, weight, scaled(d, ctx.scale, dy.dtype))
         return dx, None, conv_bias_grad(dy) if need_bias else None, dd, None, None
 
     @staticmethod

@@ -6,7 +6,7 @@ the batch at a time.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ __all__ = ["Window", "channel_blocks", "channel_shards", "conv_bias_grad", "miss
 __all__ += ["misse_conv_input_grad", "parts_of"]
 
 # The parts of a batch in which what is as wide as an input or an output is made and added.
-_PARTS = 8
+_PARTS = 4
 
 
 class Window(NamedTuple):
@@ -34,19 +34,24 @@ class Window(NamedTuple):
         rest: Any = *self, False, (0,) * len(self.stride), 1
         return torch.convolution(x, weight, bias, *rest)
 
-    def input_grad(self, dy: Tensor, weight: Tensor, size: tuple[int, ...]) -> Tensor:
-        """The gradient of an input of ``size``; no such tensor is read or made."""
-        like = dy.new_empty(1).expand(size)
-        return self._gradients(dy, like, weight, (True, False, False))[0]
+    def input_grad(self, dy: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The gradient of an input whose windows move over ``sizes``.
 
-    def weight_grad(self, dy: Tensor, x: Tensor, size: tuple[int, ...]) -> Tensor:
-        """The gradient of a weight of ``size``; no such tensor is read or made."""
-        like = dy.new_empty(1).expand(size)
-        return self._gradients(dy, x, like, (False, True, False))[1]
+        It is a transposed convolution, which takes no input, unlike torch's own backward.
+        """
+        left = []  # positions at the end that no window reaches
+        for size, moves, kernel, step, pad, gap in zip(
+            sizes, dy.shape[2:], weight.shape[2:], *self
+        ):
+            left.append(size - ((moves - 1) * step - 2 * pad + gap * (kernel - 1) + 1))
+        rest: Any = *self, True, left, 1
+        return torch.convolution(dy, weight, None, *rest)
 
-    def _gradients(self, dy: Tensor, x: Tensor, weight: Tensor, wanted: Any) -> tuple[Tensor, ...]:
-        rest = *self, False, (0,) * len(self.stride), 1, wanted
-        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(dy, x, weight, None, *rest)
+    def weight_grad(self, dy: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The gradient of a weight of ``shape``."""
+        like = dy.new_empty(1).expand(shape)
+        rest = *self, False, (0,) * len(self.stride), 1, (False, True, False)
+        found: Tensor = torch.ops.aten.convolution_backward(dy, x, like, None, *rest)[1]
         return found
 
 
@@ -85,49 +90,48 @@ def misse_conv_input_grad(
     ``ds`` is the gradient of ``S``, the block sum divided by ``node.factor``.
     """
     window: Window = node.window
-    shape, alternate = node.x_shape, node.alternate
-    s_shape = (shape[0], d.shape[1], *shape[2:])
+    channels, *sizes = node.x_shape[1:]
     if ds is None and in_place():
-        if _sum_is_small(dy, weight, shape):
+        if _sum_fits(dy, weight, node.x_shape, len(dy) * d.shape[1] * math.prod(sizes)):
             both = weight.clone()
-            add_blocks_(both.movedim(1, -1), d.movedim(1, -1), alternate)
-            return window.input_grad(dy, both, shape)
-        dx = window.input_grad(dy, weight, shape)
-        for start, length in parts_of(len(dy), 16 * math.prod(s_shape) > dy.numel() + dx.numel()):
-            some = window.input_grad(dy.narrow(0, start, length), d, (length, *s_shape[1:]))
-            add_blocks_(dx.narrow(0, start, length).movedim(1, -1), some.movedim(1, -1), alternate)
+            add_blocks_(both.movedim(1, -1), d.movedim(1, -1), node.alternate)
+            return window.input_grad(dy, both, sizes)
+        dx = window.input_grad(dy, weight, sizes)
+        part = window.input_grad(dy, d, sizes)
+        add_blocks_(dx.movedim(1, -1), part.movedim(1, -1), node.alternate)
         return dx
-    part = window.input_grad(dy, d, s_shape)
+    part = window.input_grad(dy, d, sizes)
     part = part if ds is None else part + times(ds, 1 / node.factor)
-    whole = expand_blocks(part.movedim(1, -1), shape[1], alternate).movedim(-1, 1)
-    return window.input_grad(dy, weight, shape) + whole
+    whole = expand_blocks(part.movedim(1, -1), channels, node.alternate).movedim(-1, 1)
+    return window.input_grad(dy, weight, sizes) + whole
 
 
-def miss_conv_input_grad(node: Any, dy: Tensor, dz: Tensor, weight: Tensor, d: Tensor) -> Tensor:
-    """The gradient of ``x`` by ``weight`` and the delta of ``d``; ``dz`` are the sums of shards."""
+def miss_conv_input_grad(node: Any, dy: Tensor, weight: Tensor, d: Tensor) -> Tensor:
+    """The gradient of ``x`` by ``weight`` and the delta of ``d``."""
     window: Window = node.window
-    shape: tuple[int, ...] = node.x_shape
-    if not in_place():
-        return window.input_grad(dy, weight, shape) + window.input_grad(dz, d, shape)
-    if _sum_is_small(dy, weight, shape):
+    sizes = node.x_shape[2:]
+    if in_place() and _sum_fits(dy, weight, node.x_shape):
         both = weight.clone()
         add_shards_(both.movedim(0, -1), d.movedim(0, -1))
-        return window.input_grad(dy, both, shape)
-    dx = window.input_grad(dy, weight, shape)
-    for start, length in parts_of(len(dy)):
-        some = dx.narrow(0, start, length)
-        some.add_(window.input_grad(dz.narrow(0, start, length), d, some.shape))
+        return window.input_grad(dy, both, sizes)
+    dx, dz = window.input_grad(dy, weight, sizes), channel_shards(dy, len(d))
+    if not in_place():
+        return dx + window.input_grad(dz, d, sizes)
+    for some in parts_of(len(dy)):
+        dx.narrow(0, *some).add_(window.input_grad(dz.narrow(0, *some), d, sizes))
     return dx
 
 
-def _sum_is_small(dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the sum of weight and delta takes a twelfth of the memory of ``y`` and ``dx``.
+def _sum_fits(dy: Tensor, weight: Tensor, shape: Sequence[int], beside: int = 0) -> bool:
+    """Whether the gradient of an input of ``shape`` is made by the sum of weight and delta.
 
-    Then there are so many positions that building the sum is less work than a convolution with D,
-    too. In half precision the sum would round D. This was measured on CPUs.
+    Then one convolution does for both. The sum, and the ``beside`` elements that are held with it,
+    take at most a fifth of the memory of ``y`` and ``dx``; torch's own backward on CPUs takes three
+    halves of that. In half precision the sum would round D. This was measured on CPUs, so the sum
+    is made only there.
     """
     cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-    return cpu and 12 * weight.numel() <= dy.numel() + math.prod(shape)
+    return cpu and 5 * (weight.numel() + beside) <= dy.numel() + math.prod(shape)
 
 
 def parts_of(length: int, split: bool = True) -> Iterator[tuple[int, int]]:
