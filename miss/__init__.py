@@ -17,6 +17,7 @@ from miss.layers.conv import (
     MiSSeConv2d,
     MiSSeConv3d,
 )
+from miss.layers.embedding import MiSSeEmbedding, MiSSEmbedding
 from miss.layers.linear import MiSSeLinear, MiSSLinear
 from miss.merging import merge, unmerge
 from miss.state_dicts import adapter_state_dict, combine, load_adapter_state_dict
@@ -30,10 +31,12 @@ __all__ = [
     "MiSSConv1d",
     "MiSSConv2d",
     "MiSSConv3d",
+    "MiSSEmbedding",
     "MiSSLinear",
     "MiSSeConv1d",
     "MiSSeConv2d",
     "MiSSeConv3d",
+    "MiSSeEmbedding",
     "MiSSeLinear",
     "MissError",
     "ShapeError",

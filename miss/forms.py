@@ -87,7 +87,7 @@ class Form(ABC):
     @classmethod
     def delta(cls, d: Tensor, config: "LayerConfig") -> Tensor:
         """The dense delta of ``d`` at scale 1, in the shape of the Parameter."""
-        return config.blanked(cls.expand(cls.whole(d, config), config.size, config.shared))
+        return _blanked(cls.expand(cls.whole(d, config), config.size, config.shared), config)
 
     @classmethod
     def window(cls, d: Tensor, config: "LayerConfig", rows: slice) -> Tensor:
@@ -99,7 +99,7 @@ class Form(ABC):
             found = found.movedim(-1, 0)
         else:
             found = cls.expand(d[rows], config.size, config.shared)
-        return config.blanked(found, rows.start)
+        return _blanked(found, config, rows.start)
 
     @classmethod
     def at(cls, d: Tensor, config: "LayerConfig", positions: Tensor) -> Tensor:
@@ -267,14 +267,6 @@ class LayerConfig:
         """The length of the shared axis, a bound on the rank."""
         return self.shape[self.shared]
 
-    def blanked(self, delta: Tensor, start: int = 0) -> Tensor:
-        """``delta`` with zeros at `blank`; ``start`` is the position of its first row."""
-        axis = self.axes[1]
-        place = -1 if self.blank is None else self.blank - (0 if axis else start)
-        if not 0 <= place < delta.shape[axis]:
-            return delta
-        return delta.index_fill(axis, torch.tensor(place, device=delta.device), 0)
-
     def fields(self) -> dict[str, Any]:
         """What a file says of the settings; `from_fields` reads it."""
         fields = {"method": self.form.name, "rank": self.rank, "scale": self.scale}
@@ -295,3 +287,12 @@ class LayerConfig:
             raise TypeError("the shape has too few axes")
         rank, scale, dropout = (rest.pop(key) for key in ("rank", "scale", "dropout"))
         return cls(form, rank, tuple(shape), axes, scale, dropout, **rest)
+
+
+def _blanked(delta: Tensor, config: LayerConfig, start: int = 0) -> Tensor:
+    """Rows of a delta, the first of which is ``start``, with zeros at the ``blank`` of "in"."""
+    axis = config.axes[1]
+    place = -1 if config.blank is None else config.blank - (0 if axis else start)
+    if not 0 <= place < delta.shape[axis]:
+        return delta
+    return delta.index_fill(axis, torch.tensor(place, device=delta.device), 0)

@@ -137,7 +137,7 @@ def unknown_name(
     """
     rule, do = f"{start}matches nothing", ""
     expected = nearest(target, names, weights)
-    expected = expected or "a model with a torch.nn.Linear or a registered type"
+    expected = expected or "a model with a layer that can be adapted, such as a torch.nn.Linear"
     if isinstance(target, str):
         several = re.split(r"[,\s]+", target.strip(" ,"))
         if _is_expression(target, names):

@@ -15,8 +15,8 @@ from miss.layers.swap import drop_base, keep_base
 from miss.tensors import ADAPTER_DTYPES, Owners, largest, owners, tied_to, unwritable
 from miss.tree import Tree, joined
 
-__all__ = ["Place", "bake_", "check_mergeable", "check_restorable", "guard", "merge", "places"]
-__all__ += ["refuse_loading", "restore_", "unmerge"]
+__all__ = ["Place", "bake_", "check_mergeable", "check_restorable", "guard", "held", "merge"]
+__all__ += ["places", "refuse_loading", "restore_", "unmerge"]
 
 _BLOCK = 1 << 17  # elements of a weight that are merged at a time: they stay in a core's cache
 
@@ -139,24 +139,24 @@ def unmerge(model: nn.Module) -> None:
 
 def check_mergeable(tree: Tree, found: Mapping[str, Place]) -> None:
     """Raise a `StateError` that names the first place that cannot be merged, and why."""
-    held = _held(tree)
+    holders = held(tree)
     for place in found.values():
         if place.base is None:
             with at(named(place.name)):
                 if (reason := _unfit(place) or _not_finite(place)) is not None:
                     raise StateError(f"cannot be merged: {reason}")
-                if (reason := _tied(place, held)) is not None:
+                if (reason := _tied(place, holders)) is not None:
                     do = "use it unmerged, or inject again with this layer in exclude"
                     raise StateError(f"cannot be merged: {reason}", do=do)
 
 
 def check_restorable(tree: Tree, found: Mapping[str, Place]) -> None:
     """Raise a `StateError` that names the first place whose base cannot be copied back, and why."""
-    held = _held(tree)
+    holders = held(tree)
     for place in found.values():
         if place.base is not None:
             with at(named(place.name)):
-                if (reason := _unrestorable(place) or _tied(place, held)) is not None:
+                if (reason := _unrestorable(place) or _tied(place, holders)) is not None:
                     do = "put it back; or miss.eject(model, merge=True), which keeps the weights"
                     raise StateError(f"cannot be unmerged: {reason}", do=do)
 
@@ -284,7 +284,7 @@ def _not_finite(place: Place) -> str | None:
     return None
 
 
-def _held(tree: Tree) -> Owners:
+def held(tree: Tree) -> Owners:
     """By storage, each tensor that a module of the model holds, with its full name."""
     pairs = []
     for name, module in tree.of_type(nn.Module).items():
@@ -293,7 +293,7 @@ def _held(tree: Tree) -> Owners:
     return owners(pairs)
 
 
-def _tied(place: Place, held: Owners) -> str | None:
+def _tied(place: Place, holders: Owners) -> str | None:
     own = joined(place.name, place.parameter)
-    owner = tied_to(own, place.weight, held)
+    owner = tied_to(own, place.weight, holders)
     return owner and f"its {place.parameter} is tied to {owner}, which would change too"

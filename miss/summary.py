@@ -9,9 +9,9 @@ from miss.errors import named
 from miss.inject import SKIPPED
 from miss.layers import looks_linear
 from miss.layers.host import d_name
-from miss.merging import Place, places
-from miss.tensors import numel
-from miss.tree import Tree
+from miss.merging import Place, held, places
+from miss.tensors import numel, tied_to
+from miss.tree import Tree, joined
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -47,6 +47,7 @@ class Summary:
     #: large frozen weight outside of linear and adapted layers, such as stacked experts or
     #: embeddings -> how many; large is a thousandth of the base model
     unreached: dict[str, int]
+    tied: dict[str, str]  #: adapted Parameter -> another name of its weight, where no adapter acts
 
     @property
     def percent(self) -> float:
@@ -82,6 +83,8 @@ class Summary:
             lines.append(f"skipped: {named(name)} {reason}")
         for name, number in self.unreached.items():
             lines.append(f"no adapter reaches: {name} ({number:,})")
+        for name, other in self.tied.items():
+            lines.append(f"tied: {name} is {other} too, where the adapter does not act")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -132,7 +135,19 @@ def summary(model: nn.Module) -> Summary:
         other_trainable=others,
         skipped=skipped,
         unreached=_unreached(tree, set(base), (total - adapter) / 1000),
+        tied=_tied(tree),
     )
+
+
+def _tied(tree: Tree) -> dict[str, str]:
+    """By full name, the adapted Parameters that something else holds too, and its full name."""
+    found: dict[str, str] = {}
+    holders = held(tree)
+    for place in places(tree.adapted).values():
+        own = joined(place.name, place.parameter)
+        if (other := tied_to(own, place.weight, holders)) is not None:
+            found[own] = other
+    return found
 
 
 def _unreached(tree: Tree, reached: set[int], least: float) -> dict[str, int]:

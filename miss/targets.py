@@ -250,7 +250,7 @@ def _no_layer(
         for parameter, tensor in module._parameters.items():
             if has_two_axes(tensor):
                 held.append(joined(tree.first[key], parameter))
-    rule, actual = "matches no torch.nn.Linear and no layer of a registered type", _kinds(modules)
+    rule, actual = "matches no layer of a type that can be adapted", _kinds(modules)
     if held:
         actual += f"; their Parameters are {', '.join(map(repr, held[:5]))}"
     do = "miss.register(type, host), for a type of your own"

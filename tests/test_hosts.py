@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.pytorch_utils import Conv1D
 
 from miss import register
 from tests.battery import Battery
@@ -39,3 +42,57 @@ class TestMixer(Battery):
     def output(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         now = torch.einsum("oc,bct->bot", weights["now"], x)
         return now + torch.einsum("co,bct->bot", weights["past_weight"], x.roll(1, -1))
+
+
+class TestEmbedding(Battery):
+    """Inputs are ids: the delta's rows are looked up."""
+
+    FLOATING = False
+    FACTOR = 1.0
+
+    def layer(self, dtype: torch.dtype) -> nn.Module:
+        return nn.Embedding(*self.SIZES[::-1], padding_idx=self.BLANK, dtype=dtype)
+
+    def input(self, dtype: torch.dtype) -> Tensor:
+        return torch.arange(12).reshape(3, 4) % self.SIZES[1]
+
+    def output(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return self.FACTOR * weights["weight"][x]
+
+
+class TestPaddedEmbedding(TestEmbedding):
+    BLANK = 8
+
+
+class TestScaledEmbedding(TestEmbedding):
+    FACTOR, BLANK = 2.5, 0
+
+    def layer(self, dtype: torch.dtype) -> nn.Module:
+        return BartScaledWordEmbedding(10, 7, self.BLANK, self.FACTOR).to(dtype)
+
+
+class TestScaledEmbeddingOfGemma(TestScaledEmbedding):
+    def layer(self, dtype: torch.dtype) -> nn.Module:
+        return Gemma3TextScaledWordEmbedding(10, 7, self.BLANK, self.FACTOR).to(dtype)
+
+
+class TestConv1D(TestLinear):
+    def layer(self, dtype: torch.dtype) -> nn.Module:
+        layer = Conv1D(*self.SIZES).to(dtype)
+        nn.init.normal_(layer.bias)
+        return layer
+
+    def output(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return x @ weights["weight"] + weights["bias"]
+
+
+class Subclass(nn.Linear):
+    """Adds a method, and inherits the forward."""
+
+    def double_weight(self) -> Tensor:
+        return 2 * self.weight
+
+
+class TestSubclassOfLinear(TestLinear):
+    def layer(self, dtype: torch.dtype) -> nn.Linear:
+        return Subclass(*self.SIZES[::-1], dtype=dtype)

@@ -97,7 +97,7 @@ def test_the_root_itself():
         ({"method": []}, ShapeError, "unknown method"),
         ({"scale": float("inf")}, ShapeError, "scale=inf"),
         ({"targets": ["mlp.0", "nope"]}, TargetError, "nope"),
-        ({"targets": ["mlp.0", "embed"]}, TargetError, "Embedding"),
+        ({"targets": ["mlp.0", "norm"]}, TargetError, "LayerNorm"),
         ({"exclude": "nope"}, TargetError, "exclude"),
         ({"trainable": "nope"}, TargetError, "trainable"),
     ],

@@ -159,8 +159,14 @@ def test_an_unregistered_subclass_is_told_of_register():
     message = "(?s)" + re.escape(f"is a {Scaled.__module__}.Scaled") + ".*miss.register"
     with pytest.raises(TargetError, match=message):
         inject(nn.Sequential(Scaled(4, 4)), "0", rank=2)
-    with pytest.raises(TargetError, match=r"(?s)torch.*Linear itself.*Scaled.*miss\.register"):
+    with pytest.raises(TargetError, match=r"(?s)Scaled with a forward of its own.*miss\.register"):
         MiSSeLinear.adopt_(Scaled(4, 4), 2)
+    with pytest.raises(TargetError, match=r"(?s)torch.*Linear itself.*Inherits.*miss\.inject"):
+        MiSSeLinear.adopt_(Inherits(4, 4), 2)
+
+
+class Inherits(nn.Linear):
+    pass
 
 
 class Registered(Scaled):

@@ -11,22 +11,33 @@ from miss.errors import StateError, TargetError, at
 from miss.forms import METHODS, Form
 from miss.layers import conv
 from miss.layers.base import AdaptedLayer
+from miss.layers.embedding import (
+    EmbeddingHost,
+    MiSSeEmbedding,
+    MiSSEmbedding,
+    ScaledEmbeddingHost,
+)
 from miss.layers.example import check_example
 from miss.layers.forwards import replaced
 from miss.layers.host import Host, base_name, d_name
 from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
+from miss.layers.transformers import Conv1DHost
 from miss.tensors import is_dtensor
 
 __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
 __all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal", "register"]
 
 # The registry: the host of each layer type, and the class of each (type, host, form).
-_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, **conv.HOSTS}
+_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
+_HOSTS.update(conv.HOSTS)
 # Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
-_HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {("timm.layers.linear", "Linear"): LinearHost}
+_HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {
+    ("timm.layers.linear", "Linear"): LinearHost,
+    ("transformers.pytorch_utils", "Conv1D"): Conv1DHost,
+}
 _CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
-_OWN: tuple[type[AdaptedLayer], ...] = (MiSSeLinear, MiSSLinear, *conv.CLASSES)
-for _class in _OWN:
+_OWN: tuple[type[AdaptedLayer], ...] = (MiSSeLinear, MiSSLinear, MiSSeEmbedding, MiSSEmbedding)
+for _class in (*_OWN, *conv.CLASSES):
     _CLASSES[_class.miss_type, _class.miss_host, _class.miss_form] = _class
 
 # What an adapted layer must find free.
@@ -70,13 +81,23 @@ def host_of(module: nn.Module) -> type[Host] | None:
         return module.miss_host
     kind: Any = type(module)
     host = _HOSTS.get(kind) or _HOSTS_BY_NAME.get((kind.__module__, kind.__qualname__))
-    inherits = host is None and kind.forward is nn.Linear.forward
-    return LinearHost if inherits and issubclass(kind, nn.Linear) else host
+    if host is None and issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward:
+        return LinearHost
+    if host is None and isinstance(module, nn.Embedding) and _scales_rows(module):
+        return ScaledEmbeddingHost
+    return host
+
+
+def _scales_rows(layer: nn.Embedding) -> bool:
+    """Whether an embedding is one of the ``...ScaledWordEmbedding`` classes of transformers."""
+    kind = type(layer)
+    ours = kind.__module__.startswith("transformers.") and hasattr(layer, "embed_scale")
+    return ours and kind.__qualname__.endswith("ScaledWordEmbedding")
 
 
 def host_named(path: str) -> type[Host] | None:
     """The registered host that files have under this path; None if there is none."""
-    known = (*_HOSTS.values(), *_HOSTS_BY_NAME.values())
+    known = (*_HOSTS.values(), *_HOSTS_BY_NAME.values(), ScaledEmbeddingHost)
     return next((host for host in known if file_path(host) == path), None)
 
 

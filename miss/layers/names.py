@@ -90,16 +90,21 @@ class TorchLayer(AdaptedLayer):
         >>> linear
         MiSSeLinear(in_features=6, out_features=4, bias=True, rank=2, scale=1.0, dropout=0.0)
         """
-        from miss.layers import path_of, refusal  # late, because the registry imports this class
+        from miss.layers import (
+            host_of,
+            path_of,
+            refusal,
+        )  # late, because the registry imports this class
 
         with at(type(layer).__name__):
             if isinstance(layer, AdaptedLayer):
                 raise StateError("is adapted already", do="miss.eject(layer) first")
             if type(layer) is not cls.miss_type:
                 expected, actual = path_of(cls.miss_type), path_of(type(layer))
-                do = "miss.register(type, host) and miss.inject, for a type of your own"
-                looks = isinstance(layer, cls.miss_type)
-                rule = (refusal(layer) if looks else None) or f"is not a {expected} itself"
+                rule, do = f"is not a {expected} itself", "miss.inject, which adapts it"
+                if host_of(layer) is None:
+                    rule = (isinstance(layer, cls.miss_type) and refusal(layer)) or rule
+                    do = "miss.register(type, host) and miss.inject, for a type of your own"
                 raise TargetError(rule, expected=expected, actual=actual, do=do)
             if (reason := refusal(layer)) is not None:
                 raise StateError(reason)
