@@ -9,18 +9,13 @@ from torch import Tensor, nn
 
 from miss.errors import StateError, TargetError, at
 from miss.forms import METHODS, Form
-from miss.layers import conv
+from miss.layers import conv, embedding, linear
 from miss.layers.base import AdaptedLayer
-from miss.layers.embedding import (
-    EmbeddingHost,
-    MiSSeEmbedding,
-    MiSSEmbedding,
-    ScaledEmbeddingHost,
-)
+from miss.layers.embedding import EmbeddingHost, ScaledEmbeddingHost
 from miss.layers.example import check_example
 from miss.layers.forwards import replaced
 from miss.layers.host import Host, base_name, d_name
-from miss.layers.linear import LinearHost, MiSSeLinear, MiSSLinear
+from miss.layers.linear import LinearHost
 from miss.layers.transformers import Conv1DHost
 from miss.tensors import is_dtensor
 
@@ -28,16 +23,15 @@ __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_l
 __all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal", "register"]
 
 # The registry: the host of each layer type, and the class of each (type, host, form).
-_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
-_HOSTS.update(conv.HOSTS)
+_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, **conv.HOSTS}
+_HOSTS[nn.Embedding] = EmbeddingHost
 # Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
 _HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {
     ("timm.layers.linear", "Linear"): LinearHost,
     ("transformers.pytorch_utils", "Conv1D"): Conv1DHost,
 }
 _CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
-_OWN: tuple[type[AdaptedLayer], ...] = (MiSSeLinear, MiSSLinear, MiSSeEmbedding, MiSSEmbedding)
-for _class in (*_OWN, *conv.CLASSES):
+for _class in (*linear.CLASSES, *embedding.CLASSES, *conv.CLASSES):
     _CLASSES[_class.miss_type, _class.miss_host, _class.miss_form] = _class
 
 # What an adapted layer must find free.

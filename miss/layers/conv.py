@@ -13,7 +13,15 @@ from miss.forms import LayerConfig, MiSS, MiSSe
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 
-__all__ = ["CLASSES", "HOSTS", "Conv1dHost", "Conv2dHost", "Conv3dHost", "MiSSConv1d"]
+__all__ = [
+    "CLASSES",
+    "CONVOLUTIONS",
+    "HOSTS",
+    "Conv1dHost",
+    "Conv2dHost",
+    "Conv3dHost",
+    "MiSSConv1d",
+]
 __all__ += ["MiSSConv2d", "MiSSConv3d", "MiSSeConv1d", "MiSSeConv2d", "MiSSeConv3d"]
 
 # The fast path of each form, by name and sign; keys as in `miss.layers.linear`.
@@ -62,6 +70,15 @@ class ConvHost(Host):
         return layer._conv_forward(x, weights["weight"], layer.bias)
 
     @staticmethod
+    def lora_refusal(layer: Any) -> str | None:
+        """PEFT's own convolution takes stride and padding alone from the layer."""
+        if any(gap > 1 and size > 1 for gap, size in zip(layer.dilation, layer.kernel_size)):
+            return f"has dilation={layer.dilation}, which PEFT's LoRA ignores"
+        if layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice):
+            return f"has padding_mode={layer.padding_mode!r}, which PEFT's LoRA ignores"
+        return None
+
+    @staticmethod
     def refusal(layer: Any) -> str | None:
         """Groups, across which blocks and shards would share D."""
         if layer.groups == 1:
@@ -88,11 +105,9 @@ class Conv3dHost(ConvHost):
     features = -4
 
 
-HOSTS: dict[type[nn.Module], type[Host]] = {
-    nn.Conv1d: Conv1dHost,
-    nn.Conv2d: Conv2dHost,
-    nn.Conv3d: Conv3dHost,
-}
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_OWN: tuple[type[Host], ...] = (Conv1dHost, Conv2dHost, Conv3dHost)
+HOSTS: dict[type[nn.Module], type[Host]] = dict(zip(CONVOLUTIONS, _OWN))
 
 
 class _AdaptedConv(TorchLayer):
@@ -131,7 +146,15 @@ class _AdaptedConv(TorchLayer):
 class MiSSeConv1d(_AdaptedConv, nn.Conv1d):
     r"""A 1-d convolution whose delta repeats one block of ``rank`` channels along the input.
 
-    As `MiSSeConv2d`, over one axis. ``miss_D`` is ``(out_channels, rank, kernel_size)``.
+    Equation and arguments are those of `MiSSeConv2d`, over one axis. ``miss_D`` is
+    ``(out_channels, rank, *kernel_size)``.
+
+    Shape:
+        As `nn.Conv1d`.
+
+    Raises:
+        ShapeError: a setting is outside its rule.
+        StateError: ``groups`` is not 1.
 
     >>> layer = MiSSeConv1d(10, 4, 3, rank=2)
     >>> layer(torch.randn(2, 10, 8)).shape, layer.miss_D.shape
@@ -144,7 +167,15 @@ class MiSSeConv1d(_AdaptedConv, nn.Conv1d):
 class MiSSConv1d(_AdaptedConv, nn.Conv1d):
     r"""A 1-d convolution whose delta repeats each of ``rank`` filters along one shard of channels.
 
-    As `MiSSConv2d`, over one axis. ``miss_D`` is ``(rank, in_channels, kernel_size)``.
+    Equation and arguments are those of `MiSSConv2d`, over one axis. ``miss_D`` is
+    ``(rank, in_channels, *kernel_size)``.
+
+    Shape:
+        As `nn.Conv1d`.
+
+    Raises:
+        ShapeError: a setting is outside its rule.
+        StateError: ``groups`` is not 1.
 
     >>> layer = MiSSConv1d(10, 4, 3, rank=2)
     >>> layer(torch.randn(2, 10, 8)).shape, layer.miss_D.shape
@@ -173,9 +204,7 @@ class MiSSeConv2d(_AdaptedConv, nn.Conv2d):
         As `nn.Conv2d`.
 
     Attributes:
-        weight: the base layer's, ``(out_channels, in_channels, *kernel_size)``; the constructor
-            freezes it.
-        bias: the base layer's, ``(out_channels)``, or None; the constructor freezes it.
+        weight, bias: as in `nn.Conv2d`; the constructor freezes them.
         miss_D: ``(out_channels, rank, *kernel_size)``, zero at first; trainable.
 
     Raises:
@@ -230,7 +259,15 @@ class MiSSConv2d(_AdaptedConv, nn.Conv2d):
 class MiSSeConv3d(_AdaptedConv, nn.Conv3d):
     r"""A 3-d convolution whose delta repeats one block of ``rank`` channels along the input.
 
-    As `MiSSeConv2d`, over three axes. ``miss_D`` is ``(out_channels, rank, *kernel_size)``.
+    Equation and arguments are those of `MiSSeConv2d`, over three axes. ``miss_D`` is
+    ``(out_channels, rank, *kernel_size)``.
+
+    Shape:
+        As `nn.Conv3d`.
+
+    Raises:
+        ShapeError: a setting is outside its rule.
+        StateError: ``groups`` is not 1.
 
     >>> MiSSeConv3d(10, 4, 3, rank=2).miss_D.shape
     torch.Size([4, 2, 3, 3, 3])
@@ -242,7 +279,15 @@ class MiSSeConv3d(_AdaptedConv, nn.Conv3d):
 class MiSSConv3d(_AdaptedConv, nn.Conv3d):
     r"""A 3-d convolution whose delta repeats each of ``rank`` filters along one shard of channels.
 
-    As `MiSSConv2d`, over three axes. ``miss_D`` is ``(rank, in_channels, *kernel_size)``.
+    Equation and arguments are those of `MiSSConv2d`, over three axes. ``miss_D`` is
+    ``(rank, in_channels, *kernel_size)``.
+
+    Shape:
+        As `nn.Conv3d`.
+
+    Raises:
+        ShapeError: a setting is outside its rule.
+        StateError: ``groups`` is not 1.
 
     >>> MiSSConv3d(10, 4, 3, rank=2).miss_D.shape
     torch.Size([2, 10, 3, 3, 3])
