@@ -204,7 +204,7 @@ class MiSSeConv2d(_AdaptedConv, nn.Conv2d):
         As `nn.Conv2d`.
 
     Attributes:
-        weight, bias: as in `nn.Conv2d`; the constructor freezes them.
+        weight: as in `nn.Conv2d`; the constructor freezes it, and the bias.
         miss_D: ``(out_channels, rank, *kernel_size)``, zero at first; trainable.
 
     Raises:
@@ -240,7 +240,7 @@ class MiSSConv2d(_AdaptedConv, nn.Conv2d):
         As `nn.Conv2d`.
 
     Attributes:
-        weight, bias: as in `MiSSeConv2d`.
+        weight: as in `MiSSeConv2d`.
         miss_D: ``(rank, in_channels, *kernel_size)``, zero at first; trainable.
 
     Raises:
