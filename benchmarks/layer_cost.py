@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,19 +135,26 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     return run
 
 
+def step_results(
+    layers: dict[str, nn.Module], x: Tensor, dy: Tensor, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Of each layer: time, transient peak and saved bytes of a step, and bytes of gradients."""
+    runs = {name: step(layer, x, dy) for name, layer in layers.items()}
+    results = ratios(interleaved(runs, rounds), BASE)
+    for name, layer in layers.items():
+        results[name]["saved"] = saved_bytes(layer, x)
+        results[name]["peak"] = peak_bytes(runs[name], clear=[x, *layer.parameters()])
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        results[name]["gradients"] = sum(p.nbytes for p in trained)
+    return results
+
+
 def steps(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[str, object]]:
     """Time, transient peak and saved bytes of a step, for each competitor."""
     for shape, t in itertools.product(shapes, tokens):
         layers = competitors(shape)
         x, dy = tensors(shape, t)
-        runs = {name: step(layer, x, dy) for name, layer in layers.items()}
-        results = ratios(interleaved(runs, rounds), BASE)
-        for name, layer in layers.items():
-            results[name]["saved"] = saved_bytes(layer, x)
-            results[name]["peak"] = peak_bytes(runs[name], clear=[x, *layer.parameters()])
-            trained = [p for p in layer.parameters() if p.requires_grad]
-            results[name]["gradients"] = sum(p.nbytes for p in trained)
-        yield {"shape": str(shape), "tokens": t, "results": results}
+        yield {"shape": str(shape), "tokens": t, "results": step_results(layers, x, dy, rounds)}
 
 
 def forwards(shapes: list[Shape], tokens: list[int], rounds: int) -> Iterator[dict[str, object]]:
@@ -179,27 +186,35 @@ def overhead(rows: list[dict], name: str, how: str) -> float:
     return math.exp(statistics.fmean(map(math.log, excess)))
 
 
-def report(kind: str, rows: list[dict], names: list[str]) -> str:
+def report(
+    kind: str,
+    rows: list[dict],
+    names: list[str],
+    peers: tuple[str, ...] = (PEER, LORA),
+    size: str = "tokens",
+) -> str:
     """A table of ratios to the base, and of geometric means of the overheads.
 
-    A ratio is the median one, and in brackets that of the minima.
+    A ratio is the median one, and in brackets that of the minima. ``size`` is the key of how long
+    an input is.
     """
     lines = []
     for row in rows:
         found = row["results"]
         cells = [f"{found[name]['median']:.3f} ({found[name]['min']:.3f})" for name in names]
-        lines.append([row["shape"], row["tokens"], f"{found[BASE]['ms']:.2f}", *cells])
+        lines.append([row["shape"], row[size], f"{found[BASE]['ms']:.2f}", *cells])
     for how in ("median", "min"):
         means = {name: overhead(rows, name, how) for name in names}
         cells = [f"{mean:.3f}" for mean in means.values()]
         lines.append([f"overhead, geometric mean of {how}s", "", "", *cells])
-        peer, lora = means[PEER], means[LORA]
-        shares = [f"{mean / peer:.2f} / {mean / lora:.2f}" for mean in means.values()]
-        lines.append([f"share of that of {PEER} / {LORA}", "", "", *shares])
-    return f"\n{kind}\n\n" + table(["layer", "tokens", "base, ms", *names], lines)
+        shares = []
+        for mean in means.values():
+            shares.append(" / ".join(f"{mean / means[peer]:.2f}" for peer in peers))
+        lines.append([f"share of that of {' / '.join(peers)}", "", "", *shares])
+    return f"\n{kind}\n\n" + table(["layer", size, "base, ms", *names], lines)
 
 
-def report_bytes(rows: list[dict], names: list[str]) -> str:
+def report_bytes(rows: list[dict], names: list[str], size: str = "tokens") -> str:
     """A table of peaks in units of the base's, and of saved bytes.
 
     The adapter's own gradient is left out of its peak.
@@ -212,9 +227,9 @@ def report_bytes(rows: list[dict], names: list[str]) -> str:
             found = row["results"][name]
             ratio = (found["peak"] - found["gradients"]) / peak
             cells.append(f"{ratio:.2f}, {found['saved'] / 2**20:.2f}")
-        lines.append([row["shape"], row["tokens"], f"{peak / 2**20:.2f}", *cells])
+        lines.append([row["shape"], row[size], f"{peak / 2**20:.2f}", *cells])
     title = "\nPeak of a step over the base's, and saved for backward in MiB\n\n"
-    return title + table(["layer", "tokens", "base, MiB", *names], lines)
+    return title + table(["layer", size, "base, MiB", *names], lines)
 
 
 def tables(found: dict, threads: int) -> str:

@@ -9,6 +9,14 @@ from miss.checkpoint import load, save
 from miss.errors import CheckpointError, MissError, ShapeError, StateError, TargetError
 from miss.inject import eject, inject
 from miss.layers import AdaptedLayer, Host, register
+from miss.layers.conv import (
+    MiSSConv1d,
+    MiSSConv2d,
+    MiSSConv3d,
+    MiSSeConv1d,
+    MiSSeConv2d,
+    MiSSeConv3d,
+)
 from miss.layers.embedding import MiSSeEmbedding, MiSSEmbedding
 from miss.layers.linear import MiSSeLinear, MiSSLinear
 from miss.merging import merge, unmerge
@@ -20,8 +28,14 @@ __all__ = [
     "AdaptedLayer",
     "CheckpointError",
     "Host",
+    "MiSSConv1d",
+    "MiSSConv2d",
+    "MiSSConv3d",
     "MiSSEmbedding",
     "MiSSLinear",
+    "MiSSeConv1d",
+    "MiSSeConv2d",
+    "MiSSeConv3d",
     "MiSSeEmbedding",
     "MiSSeLinear",
     "MissError",

@@ -27,7 +27,8 @@ from miss.gradients import (
 )
 from miss.tensors import is_ordinary
 
-__all__ = ["fast_block_reduce", "fits", "miss_linear", "misse_linear", "untransformed"]
+__all__ = ["autocast", "cast", "fast_block_reduce", "fits", "miss_linear", "misse_linear"]
+__all__ += ["no_view", "untransformed"]
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
@@ -82,7 +83,7 @@ def misse_linear(
     >>> misse_linear(x, weight, None, d, scale=0.5)  # S = (2, 2)
     tensor([[2.]])
     """
-    args = x, *_autocast(weight, bias), d, scale, alternate
+    args = x, *autocast(weight, bias), d, scale, alternate
     run: Any = _MiSSe.apply if torch.is_grad_enabled() else _misse
     y: Tensor = run(*args)[0]
     return y
@@ -93,8 +94,8 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale
 
     Arguments are as in `misse_linear`, except that ``d`` is ``(n, i)``.
     """
-    weight, bias = _autocast(weight, bias)
-    args = _cast(x, weight.dtype), weight, bias, d, scale
+    weight, bias = autocast(weight, bias)
+    args = cast(x, weight.dtype), weight, bias, d, scale
     run: Any = _MiSS.apply if torch.is_grad_enabled() else _miss
     y: Tensor = run(*args)
     return y
@@ -103,7 +104,7 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale
 def _misse(
     x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float, alternate: bool
 ) -> tuple[Tensor, Tensor]:
-    y = F.linear(_cast(x, weight.dtype), weight, bias)
+    y = F.linear(cast(x, weight.dtype), weight, bias)
     s = fast_block_reduce(x, d.shape[1], y.dtype, alternate)
     factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype, alternate)
     if _few(x, d, y.dtype):
@@ -158,7 +159,7 @@ class _MiSSe(torch.autograd.Function):
         _save(ctx, x, weight, d, scale, s)
         ctx.factor = block_factor(x.shape[-1], d.shape[1], y.dtype, alternate)
         ctx.alternate = alternate
-        return _no_view(y), s
+        return no_view(y), s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -192,7 +193,7 @@ class _MiSS(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float
     ) -> Tensor:
         _save(ctx, x, weight, d, scale, x)
-        return _no_view(_miss(x, weight, bias, d, scale))
+        return no_view(_miss(x, weight, bias, d, scale))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -222,7 +223,7 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Te
     ctx.scale, ctx.dtype, ctx.rows = scale, d.dtype, len(d)
 
 
-def _no_view(y: Tensor) -> Tensor:
+def no_view(y: Tensor) -> Tensor:
     """``y`` as a tensor of its own: autograd forbids writing to a view that a node returns."""
     if y.dim() == 2:
         return y
@@ -239,8 +240,8 @@ def _tangent(
     x_t = torch.zeros_like(x) if x_t is None else x_t
     weight_t = torch.zeros_like(weight) if weight_t is None else weight_t
     d_t = torch.zeros_like(d) if d_t is None else d_t
-    first = plain(x_t, F.linear(_cast(x_t, weight.dtype), weight, bias_t), d, ctx.scale)
-    return first + plain(x, F.linear(_cast(x, weight.dtype), weight_t), d_t, ctx.scale)
+    first = plain(x_t, F.linear(cast(x_t, weight.dtype), weight, bias_t), d, ctx.scale)
+    return first + plain(x, F.linear(cast(x, weight.dtype), weight_t), d_t, ctx.scale)
 
 
 def _few(x: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
@@ -267,10 +268,12 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-def _autocast(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def autocast(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the dtype in which torch computes with the weight."""
     dtype = _compute_dtype(weight)
-    return _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+    return cast(weight, dtype), None if bias is None else cast(bias, dtype)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``; itself, if it has it."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -9,6 +9,7 @@ from torch import nn
 from miss.errors import ShapeError, StateError, TargetError, at, merged_error, named
 from miss.forms import Form
 from miss.layers import AdaptedLayer, class_of, host_of, looks_linear, path_of, refusal
+from miss.layers.conv import CONVOLUTIONS
 from miss.layers.swap import Adapter, largest_rank, new_adapter
 from miss.parents import read_weights
 from miss.targets import Site
@@ -80,11 +81,12 @@ def _too_small(small: list[tuple[str, int, ShapeError]]) -> ShapeError:
 
 
 def candidates(tree: Tree) -> dict[int, str | None]:
-    """By id, why each module that looks linear or has a host cannot be adapted; None if it can."""
+    """By id, why each layer that looks known or has a host cannot be adapted; None if it can."""
     read = read_weights(tree)
     reasons = {}
     for module in tree.unique:
-        if host_of(module) is not None or looks_linear(module) or id(module) in read:
+        looks_known = looks_linear(module) or isinstance(module, CONVOLUTIONS)
+        if host_of(module) is not None or looks_known or id(module) in read:
             reasons[id(module)] = read.get(id(module)) or refusal(module)
     return reasons
 

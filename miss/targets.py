@@ -219,9 +219,11 @@ def _no_match(
         return _no_layer(target, tree, hits.modules, names)
     if hits.left:
         return matching.only_parameters(target, list(hits.left))
-    if target == ALL_LINEAR and names:
+    linear = [entry.name for entry in tree.entries if looks_linear(entry.module)]
+    linear = [name for name in linear if name in names]
+    if target == ALL_LINEAR and linear:
         rule = "matches nothing: it leaves out heads and what trainable names"
-        actual = f"linear layers: {', '.join(map(repr, names[:5]))}"
+        actual = f"linear layers: {', '.join(map(repr, linear[:5]))}"
         return TargetError(rule, actual=actual, do="name one of these in targets")
     others = [e.module for e in tree.entries if candidates.get(id(e.module)) is not None]
     if not names and others:
@@ -230,7 +232,9 @@ def _no_match(
         return TargetError("matches nothing; no linear layer can be adapted", actual=actual)
     if target == ALL_LINEAR:
         rule, do = "matches nothing: the model has no linear layer", "name layers of other types"
-        return TargetError(rule, do=f"{do}, which miss.register(type, host) makes adaptable")
+        if not names:
+            do += ", which miss.register(type, host) makes adaptable"
+        return TargetError(rule, expected=matching.nearest("", names) or None, do=do)
     _, aliases = _parameters(tree)
     if matching.is_plain(target) and any(matching.fits(str(target), name) for name in aliases):
         rule = "matches a Parameter that is no matrix, and only matrices are adapted"

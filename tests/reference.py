@@ -49,7 +49,13 @@ def delta(method: str, d: Tensor, out_features: int, in_features: int) -> Tensor
 
 
 def delta_of(method: str, d: Tensor, shape: tuple[int, ...], axes: tuple[int, int]) -> Tensor:
-    """The dense delta at scale 1 of a matrix with "out" and "in" at ``axes``, entry by entry."""
+    """The dense delta at scale 1 of a matrix with "out" and "in" at ``axes``, entry by entry.
+
+    If axes of a kernel follow, it is the matrix of each of the kernel's positions.
+    """
+    if len(shape) > 2:
+        positions = [delta_of(method, at, shape[:2], axes) for at in d.flatten(2).unbind(2)]
+        return torch.stack(positions, dim=2).reshape(shape)
     if axes == (1, 0):
         return delta(method, d.T, shape[1], shape[0]).T
     return delta(method, d, *shape)

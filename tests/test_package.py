@@ -13,10 +13,11 @@ import miss
 from tests.installed import ENVIRONMENT, ROOT
 
 # From the ground up. A room imports only rooms that stand above it in this list.
-ORDER = ["errors", "tensors", "checks", "functional", "gradients", "fused", "around", "forms"]
+ORDER = ["errors", "tensors", "checks", "functional", "gradients", "fused", "gradients_conv"]
+ORDER += ["fused_conv", "around", "forms"]
 ORDER += ["layers/host", "layers/loading", "layers/base", "layers/forwards", "layers/swap"]
-ORDER += ["layers/names", "layers/linear", "layers/embedding", "layers/bitsandbytes"]
-ORDER += ["layers/transformers", "layers/made", "layers/quantised"]
+ORDER += ["layers/names", "layers/linear", "layers/conv", "layers/embedding"]
+ORDER += ["layers/bitsandbytes", "layers/transformers", "layers/made", "layers/quantised"]
 ORDER += ["layers/example", "layers/__init__"]
 ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging", "plan", "inject"]
 ORDER += ["adapters", "summary", "verify", "files", "records", "state", "extra", "fingerprint"]

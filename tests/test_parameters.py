@@ -264,9 +264,12 @@ def test_a_tensor_that_is_no_parameter_is_no_target():
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("exclude", ["two", "two.q", "two.q.weight", nn.Conv1d])
+@pytest.mark.parametrize("exclude", ["two", "two.q", "two.q.weight", nn.ConvTranspose1d])
 def test_what_is_excluded_need_not_be_adaptable(exclude):
-    one, two = nn.ModuleDict({"q": nn.Linear(8, 8)}), nn.ModuleDict({"q": nn.Conv1d(8, 8, 1)})
+    one, two = (
+        nn.ModuleDict({"q": nn.Linear(8, 8)}),
+        nn.ModuleDict({"q": nn.ConvTranspose1d(8, 8, 1)}),
+    )
     model = nn.ModuleDict({"one": one, "two": two})
     with pytest.raises(TargetError, match=r"two\.q\.weight: is a Parameter that cannot be adapted"):
         inject(model, "q.weight", rank=2)
@@ -290,6 +293,6 @@ def test_a_lone_name_of_modules_means_modules_beside_a_parameter_of_the_root():
 
 
 def test_a_target_that_is_all_excluded_says_why_it_cannot_be_adapted():
-    model = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Conv1d(8, 8, 1)})
+    model = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.ConvTranspose1d(8, 8, 1)})
     with pytest.raises(TargetError, match=r"two\.weight: is a Parameter that cannot be adapted"):
         inject(model, ["one", "two.weight"], rank=2, exclude="two")

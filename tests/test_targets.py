@@ -240,3 +240,5 @@ def test_all_linear_says_what_it_leaves_out():
         inject(model, "all-linear", rank=2, trainable="2")
     with pytest.raises(TargetError, match="did you mean 'all-linear'"):
         inject(model, "all_linear", rank=2)
+    with pytest.raises(TargetError, match=r"(?s)has no linear layer.*'0'.*name layers of other"):
+        inject(model[:1], "all-linear", rank=2)

@@ -41,7 +41,8 @@ def save(
 
     Raises:
         StateError: MiSSe adapts a convolution with a kernel of several elements, which has no such
-            factors; the model has no adapter, something shards it, or it is itself an adapted
+            factors; a convolution has a dilation or a padding mode that PEFT's LoRA ignores; the
+            model has no adapter, something shards it, or it is itself an adapted
             layer, which has no module path; an adapted layer has two names, of which PEFT would
             adapt one, or is of a type that PEFT's LoRA does not adapt; something is trained besides
             adapters, and ``extra`` is None.
@@ -55,7 +56,7 @@ def save(
         folder = files.as_path(directory)
         adapted = peft_files.adapted(tree, lora=True)
         found = places(adapted)
-        _refuse_wide_kernels(found)
+        _refuse_other_layers(found)
         modules, besides = peft_files.saved_modules(tree, adapted, extra_tensors(tree, extra))
         if extra is None and besides:
             rule = "more than adapters is to be saved, and most readers of LoRA refuse that"
@@ -97,8 +98,11 @@ def _padded(factor: Tensor, axis: int, rank: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dim=axis)
 
 
-def _refuse_wide_kernels(found: Mapping[str, Place]) -> None:
+def _refuse_other_layers(found: Mapping[str, Place]) -> None:
     for name, place in found.items():
+        if (reason := place.layer.miss_host.lora_refusal(place.layer)) is not None:
+            with at(name):
+                raise StateError(reason, do="miss.save")
         if place.config.form.axis == 1 and math.prod(place.config.shape[2:]) > 1:
             with at(name):
                 rule = "MiSSe sums inputs before the kernel, which no LoRA of a convolution does"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from miss.errors import StateError, TargetError, at
 from miss.forms import METHODS
+from miss.layers import conv
 from miss.layers.base import AdaptedLayer
 from miss.layers.bitsandbytes import Linear4bitHost, Linear8bitHost
 from miss.layers.embedding import EmbeddingHost, ScaledEmbeddingHost
@@ -26,6 +27,7 @@ __all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal
 
 # The registry: the host of each layer type.
 _HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
+_HOSTS |= conv.HOSTS
 # Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
 _HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {
     ("timm.layers.linear", "Linear"): LinearHost,
@@ -147,9 +149,7 @@ def refusal(module: nn.Module) -> str | None:
         return why
     if host is None:
         with_own = " with a forward of its own" if isinstance(module, nn.Linear) else ""
-        rule = (
-            f"is a {kind}{with_own}, and may compute something else than the layers that are known"
-        )
+        rule = f"is a {kind}{with_own}, and may compute something else than a known layer"
         return f"{rule}: see miss.register, for {kind}"
     parameters = parameters_of(module)
     if not parameters:

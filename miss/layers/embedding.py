@@ -11,7 +11,7 @@ from miss.functional import scaled
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 
-__all__ = ["EmbeddingHost", "MiSSEmbedding", "MiSSeEmbedding", "ScaledEmbeddingHost"]
+__all__ = ["CLASSES", "EmbeddingHost", "MiSSEmbedding", "MiSSeEmbedding", "ScaledEmbeddingHost"]
 
 
 class EmbeddingHost(Host):
@@ -160,3 +160,6 @@ class MiSSEmbedding(_AdaptedEmbedding):
     """
 
     miss_form = MiSS
+
+
+CLASSES: tuple[type[TorchLayer], ...] = (MiSSeEmbedding, MiSSEmbedding)

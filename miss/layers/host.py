@@ -104,6 +104,11 @@ class Host:
         return layer.miss_type.forward(other, *args, **kwargs)
 
     @staticmethod
+    def lora_refusal(layer: Any) -> str | None:
+        """Why PEFT's LoRA would compute something else on this layer; None if it would not."""
+        return None
+
+    @staticmethod
     def refusal(layer: nn.Module) -> str | None:
         """Why this layer cannot be adapted although others of its type can; None if it can."""
         return None

@@ -13,7 +13,7 @@ from miss.forms import LayerConfig, MiSS, MiSSe
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 
-__all__ = ["LinearHost", "MiSSLinear", "MiSSeLinear"]
+__all__ = ["CLASSES", "LinearHost", "MiSSLinear", "MiSSeLinear"]
 
 # The fast path of each form, by name and sign. The keys are no classes: a compiled graph has no
 # guard on the class of a `LayerConfig` that it has already met as a key of a global dict.
@@ -168,3 +168,6 @@ class MiSSLinear(_AdaptedLinear):
     """
 
     miss_form = MiSS
+
+
+CLASSES: tuple[type[TorchLayer], ...] = (MiSSeLinear, MiSSLinear)

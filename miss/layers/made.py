@@ -9,16 +9,15 @@ from torch import nn
 
 from miss.errors import StateError
 from miss.forms import METHODS, Form
+from miss.layers import conv, embedding, linear
 from miss.layers.base import AdaptedLayer
-from miss.layers.embedding import MiSSeEmbedding, MiSSEmbedding
 from miss.layers.host import Host
-from miss.layers.linear import MiSSeLinear, MiSSLinear
 
 __all__ = ["class_of", "path_of"]
 
 # The class of each (type, host, form).
 _CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
-for _class in (MiSSeLinear, MiSSLinear, MiSSeEmbedding, MiSSEmbedding):
+for _class in (*linear.CLASSES, *embedding.CLASSES, *conv.CLASSES):
     _CLASSES[_class.miss_type, _class.miss_host, _class.miss_form] = _class
 
 
