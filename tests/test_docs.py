@@ -8,7 +8,6 @@ import pytest
 import layer_cost
 import model_cost
 import publish
-import quantised_cost
 from common import plots
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -25,7 +24,6 @@ def test_tables_of_the_performance_page_are_the_results():
         assert layer_cost.tables(layers[f"threads={threads}"], threads) in page
     assert layer_cost.overview(layers) in page
     assert model_cost.report(result("model_cost")) in page
-    assert quantised_cost.tables(result("quantised_cost")) in page
 
 
 @pytest.mark.parametrize("name", publish.SCRIPTS)
