@@ -4,14 +4,17 @@ Model, training and measures are those of ``word_valence``. The data are the Zip
 logarithm of the occurrences in a billion words) of `wordfreq`, for words that the VADER lexicon
 lacks, less their mean and over their deviation. LoRA and three forms of MiSS are compared at equal
 numbers of trained parameters, at two sizes. Each method's learning rate at each size is the best of
-its own sweep on validation words; test words are only reported on.
+its own sweep on validation words, with two seeds. Test words are only reported on, with other
+seeds.
 """
 
 import functools
+import itertools
 import random
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import word_valence as valence
@@ -20,7 +23,9 @@ from common.methods import ALTERNATING, LORA, MISS, MISSE
 from common.runs import (
     Estimate,
     Run,
+    best_rate,
     by_rate,
+    by_seed,
     get_parser,
     holm,
     paired,
@@ -34,7 +39,7 @@ from quickstart import Rater, Split, frozen_baseline
 
 COMMON = 20_000  # words are drawn from this many of the most frequent ones
 SPLIT_SEED, TRAIN, VALIDATION, TEST = 0, 1_920, 400, 1_000
-EPOCHS = 2
+EPOCHS, SWEEP_SEEDS = 2, (0, 1)
 RANKS = (4, 16)  # of MiSSe
 RATES = {method: valence.RATES[method] for method in (LORA, MISS, MISSE, ALTERNATING)}
 
@@ -65,17 +70,33 @@ def work(job: Run) -> Run:
     return valence.rated(job, *material(job["part"]))
 
 
-def jobs(seeds: int, part: int) -> list[Run]:
-    """The settings of every run; ``size`` is the rank of MiSSe that trains as much."""
+def jobs(seeds: Iterable[int], part: int) -> list[Run]:
+    """The settings of a sweep; ``size`` is the rank of MiSSe that trains as much."""
     [(encoder, _), _] = material(part)
     common = {"scale": None, "head_lr": None, "epochs": EPOCHS, "part": part}
     wanted: list[Run] = []
-    for seed in range(seeds):
-        for size in RANKS:
-            for method, rank in valence.equal_ranks(encoder, size, RATES).items():
-                setting = {"size": size, "method": method, "rank": rank, "seed": seed}
-                wanted += [{**setting, "lr": lr, **common} for lr in RATES[method]]
+    for seed, size in itertools.product(seeds, RANKS):
+        for method, rank in valence.equal_ranks(encoder, size, RATES).items():
+            setting = {"size": size, "method": method, "rank": rank, "seed": seed}
+            wanted += [{**setting, "lr": lr, **common} for lr in RATES[method]]
     return wanted
+
+
+def swept(runs: list[Run], size: int, method: str) -> list[Run]:
+    """The runs that a method's learning rate is chosen with."""
+    own = select(runs, size=size, method=method)
+    return [run for run in own if run["seed"] in SWEEP_SEEDS]
+
+
+def chosen(runs: list[Run], size: int, method: str) -> float:
+    """The best learning rate of a method's sweep."""
+    return best_rate(swept(runs, size, method), "validation_r", largest=True)
+
+
+def final(runs: list[Run], size: int, method: str) -> list[Run]:
+    """The runs at the best rate that no choice was made with."""
+    own = select(runs, size=size, method=method, lr=chosen(runs, size, method))
+    return [run for run in own if run["seed"] not in SWEEP_SEEDS]
 
 
 def frozen(part: int) -> float:
@@ -88,15 +109,15 @@ def report(result: Mapping[str, Any]) -> str:
     """The table, in Markdown. Holm's correction is for the methods of one size."""
     rows = []
     for size in RANKS:
-        runs = {method: select(result["runs"], size=size, method=method) for method in RATES}
-        score = {method: valence.at_best(own, "test_r")[1] for method, own in runs.items()}
+        runs = {method: final(result["runs"], size, method) for method in RATES}
+        score = {method: by_seed(own, "test_r") for method, own in runs.items()}
         others = [method for method in RATES if method != MISSE]
         p = holm({method: paired(score[MISSE], score[method]) for method in others})
         for method, own in runs.items():
-            rate, errors = valence.at_best(own, "test_mse")
-            cells = [size, method, own[0]["rank"], own[0]["trainable"], rate_text(rate, own)]
-            values = list(score[method].values())
-            cells += [Estimate.of(values).text(4), Estimate.of(list(errors.values())).text(3)]
+            rate = rate_text(own[0]["lr"], swept(result["runs"], size, method))
+            cells = [size, method, own[0]["rank"], own[0]["trainable"], rate]
+            cells.append(Estimate.of(list(score[method].values())).text(4))
+            cells.append(Estimate.of([run["test_mse"] for run in own]).text(3))
             against = ["", ""]
             if method in p:
                 gaps = [value - score[MISSE][seed] for seed, value in score[method].items()]
@@ -109,17 +130,34 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Test r against the learning rate, by name."""
-    figure, axes = plots.panels(1, len(RANKS), sharey=True)
-    for axis, size in zip(axes, RANKS):
-        for method in RATES:
-            rates = by_rate(select(result["runs"], size=size, method=method), "test_r")
-            plots.band(axis, list(rates), list(rates.values()), method)
-        axis.set(title=f"as many parameters as MiSSe of rank {size}", xscale="log")
-        axis.set(xlabel="learning rate", ylabel="Pearson r on held-out words")
+    """By name: validation r of the sweeps, and test r at the best rates."""
+    figure, axes = plots.panels(2, len(RANKS), sharey=True)
+    for size, sweep, tested in zip(RANKS, axes, axes[len(RANKS) :]):
+        for place, method in enumerate(RATES):
+            rates = by_rate(swept(result["runs"], size, method), "validation_r")
+            means = [statistics.fmean(values) for values in rates.values()]
+            sweep.plot(list(rates), means, **plots.look(method))
+            mean, half = Estimate.of([run["test_r"] for run in final(result["runs"], size, method)])
+            tested.errorbar(place, mean, half, **plots.look(method, capsize=2))
+        sweep.set(title=f"as much as MiSSe of rank {size}", xlabel="learning rate", xscale="log")
+        sweep.set(ylabel="Pearson r, validation", ylim=(0.6, None))
+        tested.set(xlabel="method, at its best rate", ylabel="Pearson r, test", xticks=[])
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(RATES))
     return {"word_frequency": figure}
+
+
+def run(seeds: int, part: int, path: Path | None, workers: int) -> dict[str, Any]:
+    """Sweep the rates, then run what is left to run at the best ones, with ``seeds`` others."""
+    sweep = run_all(jobs(SWEEP_SEEDS, part), work, path, workers)
+    others = range(len(SWEEP_SEEDS), len(SWEEP_SEEDS) + seeds)
+    wanted = []
+    for job in jobs(others, part):
+        if job["lr"] == chosen(sweep["runs"], job["size"], job["method"]):
+            wanted.append(job)
+    result = run_all(wanted, work, path, workers)
+    further = [each for each in result["runs"] if each not in sweep["runs"]]
+    return result | {"runs": sweep["runs"] + further}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -127,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = get_parser(__doc__, seeds=5).parse_args(argv)
     require_extras("word_frequency", methods.EXTRAS | methods.MINILM)
     seeds, part = (2, 20) if args.quick else (args.seeds, 1)
-    result = run_all(jobs(seeds, part), work, args.json, args.workers)
+    result = run(seeds, part, args.json, args.workers)
     result["frozen"] = frozen(part)
     write(args.json, result)
     print(report(result))
