@@ -94,8 +94,8 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, A
 
 def environment() -> dict[str, object]:
     """Where and with what a benchmark ran."""
-    names = ("torch", "einops", "peft", "loralib", "transformers", "scipy", "reasoning_gym")
-    names += ("bitsandbytes",)
+    names = ("torch", "einops", "peft", "loralib", "transformers", "scipy")
+    names += ("reasoning_gym", "bitsandbytes", "wordfreq")
     return {
         "commit": commit(Path(__file__).parent),
         "processor": _processor(),

@@ -13,6 +13,7 @@ import gradient_norm
 import math_word_problems
 import no_free_lunch
 import pareto
+import word_frequency
 import word_valence
 from common import methods, plots
 from common.runs import RESULTS, read
@@ -23,6 +24,7 @@ SCRIPTS: dict[str, Any] = {
     "no_free_lunch": no_free_lunch,
     "gradient_norm": gradient_norm,
     "word_valence": word_valence,
+    "word_frequency": word_frequency,
     "math_word_problems": math_word_problems,
     "digits_vit": digits_vit,
     "pareto": pareto,

@@ -18,7 +18,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -138,7 +138,12 @@ def score(model: nn.Module, split: Split) -> tuple[float, float]:
 
 def work(job: Run) -> Run:
     """One run: adapt, train, score."""
-    (encoder, tokenizer), (train, validation, test) = material(job["words"])
+    return rated(job, *material(job["words"]))
+
+
+def rated(job: Run, base: tuple[nn.Module, Any], splits: tuple[Split, Split, Split]) -> Run:
+    """One run on words of any ratings: encoder and tokenizer ``base`` are adapted, then scored."""
+    (encoder, tokenizer), (train, validation, test) = base, splits
     lengths = [len(ids) for ids in tokenizer(train.words)["input_ids"]]
     torch.manual_seed(job["seed"])
     model = Model(copy.deepcopy(encoder), tokenizer)
@@ -161,18 +166,19 @@ def work(job: Run) -> Run:
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def equal_ranks(words: int | None) -> dict[str, int | None]:
-    """The ranks at which the methods train as much as MiSSe at `RANK`."""
-    linears = methods.targeted(material(words)[0][0], TARGETS).values()
-    budget = sum(RANK * linear.out_features for linear in linears)
-    return {method: equal_rank(method, budget, linears) for method in RATES}
+def equal_ranks(encoder: nn.Module, rank: int, compared: Iterable[str]) -> dict[str, int | None]:
+    """The ranks at which the methods train as much as MiSSe at ``rank``."""
+    linears = methods.targeted(encoder, TARGETS).values()
+    budget = sum(rank * linear.out_features for linear in linears)
+    return {method: equal_rank(method, budget, linears) for method in compared}
 
 
 def jobs(seeds: int, study_seeds: int, words: int | None, epochs: int) -> list[Run]:
     """The settings of every run, the comparison first."""
     size = {"words": words, "epochs": epochs}
     comparison: list[tuple[Any, ...]] = []
-    for method, rank in equal_ranks(words).items():
+    [(encoder, _), _] = material(words)
+    for method, rank in equal_ranks(encoder, RANK, RATES).items():
         comparison.append((method, rank, PAPER, None, RATES[method]))
     study: list[tuple[Any, ...]] = []
     for method, scale, head, ranks, rates in STUDY:
@@ -196,7 +202,7 @@ def measure(rounds: int, words: int | None) -> dict[str, Any]:
     The methods train equal numbers of parameters.
     """
     (encoder, tokenizer), (train, _, _) = material(words)
-    ranks = equal_ranks(words)
+    ranks = equal_ranks(encoder, RANK, RATES)
 
     def build(method: str, model: nn.Module, steps: int) -> nn.Module:
         return adapt(model, method, ranks[method], TARGETS, head="head", steps=steps)

