@@ -32,6 +32,7 @@ from miss import (
     unmerge,
     verify,
 )
+from miss.gradients_conv import channel_blocks
 from tests.battery import Battery
 from tests.models import perturb
 from tests.strategies import OPTIONS, methods, tolerance
@@ -158,6 +159,9 @@ def test_the_layout_stays_and_half_precision_is_not_widened(method, layout, dtyp
         assert tensor.is_contiguous(memory_format=layout)
         assert tensor.dtype == dtype
     assert model[0].miss_D.grad.dtype == torch.float32
+    for wide in (dtype, torch.float16):  # S
+        s = channel_blocks(x.detach().to(wide), 4, wide, method == "alternating")
+        assert s.is_contiguous(memory_format=layout)
     with mock.patch.object(fused_conv, "fits", return_value=False):
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(model(x), y, rtol=8 * eps, atol=120 * eps)

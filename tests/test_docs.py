@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+import conv_cost
 import layer_cost
 import model_cost
 import publish
@@ -24,6 +25,7 @@ def test_tables_of_the_performance_page_are_the_results():
         assert layer_cost.tables(layers[f"threads={threads}"], threads) in page
     assert layer_cost.overview(layers) in page
     assert model_cost.report(result("model_cost")) in page
+    assert conv_cost.tables(result("conv_cost")["step"]) in page
 
 
 @pytest.mark.parametrize("name", publish.SCRIPTS)
