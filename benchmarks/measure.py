@@ -95,6 +95,7 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, A
 def environment() -> dict[str, object]:
     """Where and with what a benchmark ran."""
     names = ("torch", "einops", "peft", "loralib", "transformers", "scipy", "reasoning_gym")
+    names += ("bitsandbytes",)
     return {
         "commit": commit(Path(__file__).parent),
         "processor": _processor(),

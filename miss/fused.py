@@ -27,7 +27,8 @@ from miss.gradients import (
 )
 from miss.tensors import is_ordinary
 
-__all__ = ["autocast", "cast", "fits", "miss_linear", "misse_linear", "no_view"]
+__all__ = ["autocast", "cast", "fast_block_reduce", "fits", "miss_linear", "misse_linear"]
+__all__ += ["no_view", "untransformed"]
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
@@ -36,8 +37,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
     It needs ordinary dense tensors, one real dtype to compute in, and a frozen weight. No compiler,
     `torch.func` transform, dispatch mode or tracer may be active.
     """
-    tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch's stubs lack it
-    if torch.compiler.is_compiling() or transformed() or watched() or tracing():
+    if not untransformed():
         return False
     if not (is_ordinary(x) and is_ordinary(weight) and is_ordinary(d)):
         return False
@@ -48,6 +48,12 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
     return x.is_floating_point() and (
         x.dtype == weight.dtype or _compute_dtype(x) == _compute_dtype(weight)
     )
+
+
+def untransformed() -> bool:
+    """Whether no compiler, `torch.func` transform, dispatch mode or tracer is active."""
+    tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch's stubs lack it
+    return not (torch.compiler.is_compiling() or transformed() or watched() or tracing())
 
 
 def misse_linear(
@@ -99,7 +105,7 @@ def _misse(
     x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float, alternate: bool
 ) -> tuple[Tensor, Tensor]:
     y = F.linear(cast(x, weight.dtype), weight, bias)
-    s = _fast_block_reduce(x, d.shape[1], y.dtype, alternate)
+    s = fast_block_reduce(x, d.shape[1], y.dtype, alternate)
     factor = scale * block_factor(x.shape[-1], d.shape[1], y.dtype, alternate)
     if _few(x, d, y.dtype):
         y.add_(F.linear(times(s.to(d.dtype), factor), d))
@@ -108,7 +114,7 @@ def _misse(
     return y, s
 
 
-def _fast_block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool) -> Tensor:
+def fast_block_reduce(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool) -> Tensor:
     """As in `miss.functional`, without einops except in fp16.
 
     To parse its pattern, einops takes as long as a small layer takes in all.

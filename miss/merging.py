@@ -12,12 +12,13 @@ from miss.forms import LayerConfig
 from miss.layers.base import AdaptedLayer
 from miss.layers.host import base_name, d_name
 from miss.layers.swap import drop_base, keep_base
-from miss.tensors import ADAPTER_DTYPES, Owners, largest, owners, tied_to, unwritable
+from miss.tensors import Owners, largest, owners, quantised, tied_to, unwritable
 from miss.tree import Tree, joined
 
 __all__ = ["Place", "bake_", "check_mergeable", "check_restorable", "guard", "held", "merge"]
 __all__ += ["places", "refuse_loading", "restore_", "unmerge"]
 
+_UNQUANTISED = "load the base in half precision, miss.load the adapters into it, merge that"
 _BLOCK = 1 << 17  # elements of a weight that are merged at a time: they stay in a core's cache
 
 
@@ -252,14 +253,12 @@ def _unfit(place: Place) -> str | None:
         gone = name if weight is None else d_name(name)
         return f"its {gone} is no parameter of its own any more (parametrized, pruned?)"
     for key, tensor in ((name, weight), (d_name(name), d)):
-        if tensor.dtype not in ADAPTER_DTYPES:
-            return f"its {key} is quantised ({tensor.dtype}): load the base in half precision"
+        if (kind := quantised(tensor)) is not None:
+            return f"its {key} is quantised ({kind}): {_UNQUANTISED}"
         if (reason := unwritable(tensor)) is not None:
             return f"its {key} {reason}"
-    for key, tensor, shape in (
-        (name, weight, place.config.shape),
-        (d_name(name), d, place.config.d_shape),
-    ):
+    shapes = (name, weight, place.config.shape), (d_name(name), d, place.config.d_shape)
+    for key, tensor, shape in shapes:
         if tensor.shape != shape:
             found = f"the shape {tuple(tensor.shape)}, not {shape}"
             return f"its {key} has {found} (partitioned? resized?)"

@@ -1,5 +1,6 @@
 """What a tensor is: ordinary, a DTensor, writable, tied, held by FSDP. Only this module asks."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypeGuard
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = ["ADAPTER_DTYPES", "SAMPLES", "Owners", "can_be_trained", "contiguous"]
 __all__ += ["has_two_axes", "is_data", "is_dtensor", "is_lazy", "is_managed", "is_ordinary"]
-__all__ += ["largest", "numel", "owners", "positions", "same", "tied_to", "unwritable"]
+__all__ += ["largest", "numel", "owners", "positions", "quantised", "same", "tied_to", "unwritable"]
 
 ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLES = 64  # how many values of a tensor `positions` names, unless told
@@ -53,6 +54,14 @@ def is_managed(module: nn.Module) -> bool:
     return bool(module.__dict__.get("_is_fsdp_managed_module", False))
 
 
+def quantised(tensor: Tensor) -> str | None:
+    """The type or dtype of a tensor that holds a quantised weight; None if it does not."""
+    kind = type(tensor)
+    if kind.__module__.partition(".")[0] in ("bitsandbytes", "torchao"):
+        return f"{kind.__name__}, {tensor.dtype}"
+    return None if tensor.dtype in ADAPTER_DTYPES else str(tensor.dtype)
+
+
 def unwritable(tensor: Tensor) -> str | None:
     """Why a tensor cannot be written in place, as the end of a sentence; None if it can."""
     if not is_ordinary(tensor) or tensor.layout != torch.strided:
@@ -80,7 +89,13 @@ def has_two_axes(tensor: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def numel(tensor: Tensor) -> int:
-    """The number of elements; 0 if the tensor has no shape yet."""
+    """The number of elements; 0 if the tensor has no shape yet.
+
+    In a 4-bit weight of bitsandbytes, that of the weights that are packed in it.
+    """
+    packed: Any = getattr(getattr(tensor, "quant_state", None), "shape", None)
+    if packed is not None:
+        return math.prod(packed)
     return 0 if is_lazy(tensor) else tensor.numel()
 
 

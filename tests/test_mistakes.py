@@ -232,7 +232,7 @@ WRONG_TARGETS = [
     targeting("all_linear", NOTHING, "did you mean 'all-linear'"),
     targeting("ALL-LINEAR", NOTHING, "did you mean 'all-linear'"),
     targeting("all", NOTHING, "model.named_modules()", "'all-linear' is every linear layer"),
-    targeting("query", NOTHING, f"such as '{Q}'", "model.named_modules() has the names"),
+    targeting("query", NOTHING, f"such as 'embed', '{Q}'", "model.named_modules() has the names"),
     targeting("model.layers.0.self_attn.q_proj", NOTHING, f"did you mean '{Q}'"),
     targeting("layers[0].self_attn.q_proj", NOTHING, f"did you mean '{Q}'"),
     targeting("q_proj,v_proj", "a string is one name", "give a list: ['q_proj', 'v_proj']"),

@@ -14,10 +14,11 @@ from tests.installed import ENVIRONMENT, ROOT
 
 # From the ground up. A room imports only rooms that stand above it in this list.
 ORDER = ["errors", "tensors", "checks", "functional", "gradients", "fused", "gradients_conv"]
-ORDER += ["fused_conv", "forms"]
+ORDER += ["fused_conv", "around", "forms"]
 ORDER += ["layers/host", "layers/loading", "layers/base", "layers/forwards", "layers/swap"]
 ORDER += ["layers/names", "layers/linear", "layers/conv", "layers/embedding"]
-ORDER += ["layers/transformers", "layers/example", "layers/__init__"]
+ORDER += ["layers/bitsandbytes", "layers/transformers", "layers/made", "layers/quantised"]
+ORDER += ["layers/example", "layers/__init__"]
 ORDER += ["tree", "heads", "matching", "targets", "trained", "parents", "merging", "plan", "inject"]
 ORDER += ["adapters", "summary", "verify", "files", "records", "state", "extra", "fingerprint"]
 ORDER += ["state_dicts", "checkpoint"]

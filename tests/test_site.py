@@ -23,6 +23,7 @@ FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PAGES = {str(path.relative_to(ROOT)): path for path in FILES}
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*)\n((?:.*\n)*?)^\1\2 *$", re.MULTILINE)
 PYTHON = "python"
+HEAVY = ("docs/how-to/quantised.md",)  # run by tests/test_quantised_heavy.py
 NOT_RUN = ("sh", "text", "json", "toml", "bibtex")  # beside the directives of MyST
 
 
@@ -39,7 +40,7 @@ def has_code(page: str) -> bool:
     return any(kind == PYTHON for _, kind, _ in fences(page))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if has_code(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if has_code(page) and page not in HEAVY])
 def test_code_of_a_page_runs_as_shown(
     page: str,
     tmp_path: pathlib.Path,

@@ -6,6 +6,8 @@ Nothing is imported from transformers: the mixin stands in front of a Trainer of
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from miss.tree import Tree
 __all__ = ["AdapterCheckpoints"]
 
 FILE = "adapter.safetensors"
+MARK = "_hf_peft_config_loaded"
 SHARDED = {  # what a Trainer says of itself, and its name
     "is_fsdp_enabled": "FSDP",
     "is_fsdp_xla_enabled": "FSDP of XLA",
@@ -34,6 +37,10 @@ class AdapterCheckpoints:
     ``load_best_model_at_end`` read it with `miss.load`, so a file that does not fit the model is an
     error. Training resumed in this way is the uninterrupted one, bit for bit. What stays frozen as
     ``from_pretrained`` initialised it, which `inject` warns of, is in no checkpoint.
+
+    A Trainer refuses a quantised model that PEFT did not wrap. With this mixin it takes one that is
+    adapted here, if its method of quantisation can be trained over. The model and its config stay
+    as they are.
 
     The subclass is yours, with the mixin first: ``class MyTrainer(AdapterCheckpoints, Trainer)``.
 
@@ -65,7 +72,13 @@ class AdapterCheckpoints:
                 raise StateError(rule, do=do)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        given = kwargs.get("model", args[0] if args else None)
+        with _taken_for_adapted(given) as take:
+            self._miss_take = take  # for models that the Trainer asks `model_init` for
+            try:
+                super().__init__(*args, **kwargs)
+            finally:
+                del self._miss_take
         with at(type(self).__name__):
             tree = Tree(self.model)
             tree.refuse_sharded()
@@ -75,6 +88,13 @@ class AdapterCheckpoints:
                     do = "train on one device or with DistributedDataParallel"
                     raise StateError(rule, do=f"{do}; or use the Trainer without this mixin")
             tree.require_adapted()
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """What the Trainer calls for a model of ``model_init``."""
+        trainer: Any = super()
+        model = trainer.call_model_init(trial)
+        self.__dict__.get("_miss_take", _pass)(model)
+        return model
 
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """What the Trainer calls for every checkpoint and in `save_model`."""
@@ -110,6 +130,34 @@ class AdapterCheckpoints:
             shutil.copy(os.path.join(checkpoint_folder, FILE), self.args.output_dir)
         trainer: Any = super()
         trainer._push_from_checkpoint(checkpoint_folder)
+
+
+@contextmanager
+def _taken_for_adapted(model: Any) -> Iterator[Callable[[Any], None]]:
+    """While it lasts, a Trainer that is made takes an adapted quantised model.
+
+    It asks the model for the mark that transformers sets where PEFT has put adapters in. The model
+    has the mark during that call alone. Yields what marks another model for as long.
+    """
+    marked: list[Any] = []
+
+    def take(model: Any) -> None:
+        quantised = isinstance(model, nn.Module) and getattr(model, "is_quantized", False)
+        trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
+        if quantised and trainable and MARK not in model.__dict__ and Tree(model).adapted:
+            model.__dict__[MARK] = True
+            marked.append(model)
+
+    try:
+        take(model)
+        yield take
+    finally:
+        for one in marked:
+            one.__dict__.pop(MARK, None)
+
+
+def _pass(model: Any) -> None:
+    """Marks nothing."""
 
 
 def _missing(folder: str) -> CheckpointError:

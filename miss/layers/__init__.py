@@ -1,4 +1,4 @@
-"""Which layers can be adapted: the registry of layer types, and the classes of adapted layers."""
+"""Which layers can be adapted: the registry of layer types."""
 
 import functools
 import sys
@@ -8,32 +8,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from miss.errors import StateError, TargetError, at
-from miss.forms import METHODS, Form
-from miss.layers import conv, embedding, linear
+from miss.forms import METHODS
+from miss.layers import conv
 from miss.layers.base import AdaptedLayer
+from miss.layers.bitsandbytes import Linear4bitHost, Linear8bitHost
 from miss.layers.embedding import EmbeddingHost, ScaledEmbeddingHost
 from miss.layers.example import check_example
 from miss.layers.forwards import replaced
 from miss.layers.host import Host, base_name, d_name
 from miss.layers.linear import LinearHost
+from miss.layers.made import class_of, path_of
+from miss.layers.quantised import quantised_refusal
 from miss.layers.transformers import Conv1DHost
 from miss.tensors import is_dtensor
 
 __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
 __all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal", "register"]
 
-# The registry: the host of each layer type, and the class of each (type, host, form).
-_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, **conv.HOSTS}
-_HOSTS[nn.Embedding] = EmbeddingHost
+# The registry: the host of each layer type.
+_HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
+_HOSTS |= conv.HOSTS
 # Types of other libraries, by module and name; timm's layer casts its weight, under torch.jit.
 _HOSTS_BY_NAME: dict[tuple[str, str], type[Host]] = {
     ("timm.layers.linear", "Linear"): LinearHost,
     ("transformers.pytorch_utils", "Conv1D"): Conv1DHost,
+    ("bitsandbytes.nn.modules", "Linear4bit"): Linear4bitHost,
+    ("bitsandbytes.nn.modules", "LinearFP4"): Linear4bitHost,
+    ("bitsandbytes.nn.modules", "LinearNF4"): Linear4bitHost,
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): Linear8bitHost,
 }
-_CLASSES: dict[tuple[type[nn.Module], type[Host], type[Form]], type[AdaptedLayer]] = {}
-for _class in (*linear.CLASSES, *embedding.CLASSES, *conv.CLASSES):
-    _CLASSES[_class.miss_type, _class.miss_host, _class.miss_form] = _class
-
 # What an adapted layer must find free.
 _NAMES = {name for name in dir(AdaptedLayer) if name.startswith(("miss_", "_miss_"))}
 
@@ -100,11 +103,6 @@ def file_path(host: type[Host]) -> str:
     return path_of(host.stands_for or host)
 
 
-def path_of(kind: type) -> str:
-    """The import path of a type."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def parameters_of(module: nn.Module) -> list[str]:
     """The Parameters of a module that its host adapts, each once, under its first name."""
     host, seen, names = host_of(module), set(), []
@@ -127,21 +125,14 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {k: p for k, p in module._parameters.items() if p is not None and k not in ds}
 
 
-def class_of(layer_type: type[nn.Module], host: type[Host], form: type[Form]) -> type[AdaptedLayer]:
-    """The class of adapted layers of a type, made at the first call."""
-    key = layer_type, host, METHODS[form.name]
-    if key not in _CLASSES:
-        _CLASSES[key] = _make_class(*key)
-    return _CLASSES[key]
-
-
 def looks_linear(module: nn.Module) -> bool:
     """Whether a user would call ``module`` a linear layer.
 
-    That is an `nn.Linear`, of any subclass, or the `Conv1D` of transformers.
+    That is an `nn.Linear`, of any subclass, the `Conv1D` of transformers, or a quantised layer of
+    another library.
     """
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
-    return isinstance(module, (nn.Linear, conv1d))
+    return isinstance(module, (nn.Linear, conv1d)) or quantised_refusal(module) is not None
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -154,11 +145,11 @@ def refusal(module: nn.Module) -> str | None:
     if nn.utils.parametrize.is_parametrized(module):
         do = "call torch.nn.utils.parametrize.remove_parametrizations first"
         return f"is parametrized ({kind}): {do}"
+    if host is None and (why := quantised_refusal(module)) is not None:
+        return why
     if host is None:
         with_own = " with a forward of its own" if isinstance(module, nn.Linear) else ""
-        rule = (
-            f"is a {kind}{with_own}, and may compute something else than the layers that are known"
-        )
+        rule = f"is a {kind}{with_own}, and may compute something else than a known layer"
         return f"{rule}: see miss.register, for {kind}"
     parameters = parameters_of(module)
     if not parameters:
@@ -235,62 +226,3 @@ def _imported(path: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
-
-
-def _make_class(
-    layer_type: type[nn.Module], host: type[Host], form: type[Form]
-) -> type[AdaptedLayer]:
-    """The class of adapted layers of a registered type. They pickle by type, host and form."""
-    doc = f"{layer_type.__name__}, adapted with {form.prefix}."
-    body = {"miss_form": form, "miss_host": host, "miss_type": layer_type, "__doc__": doc}
-    body |= {"__module__": layer_type.__module__, "__reduce_ex__": _reduce}
-    if hasattr(layer_type, "__deepcopy__"):
-        body["__deepcopy__"] = _deepcopy
-    name = f"{form.prefix}{layer_type.__name__}"
-    meta: Any = type(layer_type)
-    made: type[AdaptedLayer] = meta(name, (AdaptedLayer, layer_type), body)
-    return made
-
-
-def _rebuild(
-    layer_type: type[nn.Module], host: type[Host], form: type[Form], build: Any, *args: Any
-) -> Any:
-    """An object of a made class, before its state; the process need not have registered the type.
-
-    ``build(*args)`` gives one of the layer's own type.
-    """
-    layer = build(*args)
-    object.__setattr__(layer, "__class__", class_of(layer_type, host, form))
-    return layer
-
-
-def _reduce(self: AdaptedLayer, protocol: Any) -> Any:
-    """Pickle by the import paths of type, host and form, because a made class has none.
-
-    The type may pickle in its own way, as long as ``__dict__`` is its state or in its state.
-    """
-    reduced: Any = super(AdaptedLayer, self).__reduce_ex__(protocol)
-    key, made = (self.miss_type, self.miss_host, self.miss_form), type(self)
-    if isinstance(reduced, str) or made is not class_of(*key):  # swapped again, as FSDP does
-        return reduced
-    build, args, *rest = reduced
-    state = rest[0] if rest else {}
-    if isinstance(state, dict) and "_miss_configs" not in state:
-        raise _lost(self, "__reduce__ or __getstate__")
-    own = (self.miss_type if part is made else part for part in (build, *args))
-    return (_rebuild, (*key, *own), *rest)
-
-
-def _deepcopy(self: Any, memo: Any) -> Any:
-    """As the type's own ``__deepcopy__``, if that copies the adapter."""
-    copied = super(AdaptedLayer, self).__deepcopy__(memo)
-    if type(copied) is not type(self) or copied.miss_configs != self.miss_configs:
-        raise _lost(self, "__deepcopy__")
-    return copied
-
-
-def _lost(layer: AdaptedLayer, method: str) -> StateError:
-    rule = f"cannot be copied: the {method} of {path_of(layer.miss_type)} leaves out the adapter"
-    error = StateError(rule, do="let it make an object of type(self), with all of __dict__")
-    error.where = type(layer).__name__
-    return error

@@ -28,6 +28,7 @@ class Host:
         stands_for: another host, if D means the same there: files move between the layers of both.
         lora: what PEFT's LoRA calls its two tensors of such a layer; None if it has none.
         peft: whether PEFT's MiSS adapts such a layer.
+        attributes: class attributes that an adapted layer has in place of its type's own.
     """
 
     axes: ClassVar[Mapping[str, Axes]] = {"weight": (0, 1)}
@@ -36,6 +37,7 @@ class Host:
     stands_for: "ClassVar[type[Host] | None]" = None
     lora: ClassVar[tuple[str, str] | None] = None
     peft: ClassVar[bool] = False
+    attributes: ClassVar[Mapping[str, Any]] = {}
 
     @staticmethod
     def sizes(layer: Any, parameter: str) -> tuple[int, ...]:
