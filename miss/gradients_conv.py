@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miss.functional import block_reduce, expand_blocks, shard_runs
+from miss.functional import expand_blocks, shard_runs, shard_sum
+from miss.fused import fast_block_reduce
 from miss.gradients import add_blocks_, add_shards_, in_place, times
 
 __all__ = ["Window", "channel_blocks", "channel_shards", "conv_bias_grad", "miss_conv_input_grad"]
@@ -56,15 +57,13 @@ class Window(NamedTuple):
 
 
 def channel_blocks(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool) -> Tensor:
-    """`block_reduce` of the channels, in the layout of ``x``."""
-    s: Tensor
-    if dtype == torch.float16:
-        s = block_reduce(x.movedim(1, -1), rank, dtype, alternate).movedim(-1, 1)
+    """`functional.block_reduce` of the channels, in the layout of ``x``."""
+    if dtype == torch.float16 or not x.is_contiguous():
+        s = fast_block_reduce(x.movedim(1, -1), rank, dtype, alternate).movedim(-1, 1)
         return s.contiguous() if x.is_contiguous() else s
     width = 2 * rank if alternate else rank
     blocks, rest = divmod(x.shape[1], width)
-    whole = x.narrow(1, 0, blocks * width)
-    s = whole.view(len(x), blocks, width, *x.shape[2:]).sum(1)
+    s = x.narrow(1, 0, blocks * width).view(len(x), blocks, width, *x.shape[2:]).sum(1)
     if rest:
         s.narrow(1, 0, rest).add_(x.narrow(1, blocks * width, rest))
     if alternate:
@@ -75,6 +74,8 @@ def channel_blocks(x: Tensor, rank: int, dtype: torch.dtype, alternate: bool) ->
 
 def channel_shards(dy: Tensor, shards: int) -> Tensor:
     """`functional.shard_sum` of the channels, in the layout of ``dy``."""
+    if not dy.is_contiguous():
+        return shard_sum(dy.movedim(1, -1), shards).movedim(-1, 1)
     sums = []
     for run, rows, size in shard_runs(dy.shape[1], shards):
         part = dy.narrow(1, rows.start, rows.stop - rows.start)

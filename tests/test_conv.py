@@ -32,6 +32,7 @@ from miss import (
     unmerge,
     verify,
 )
+from miss.gradients_conv import channel_blocks, channel_shards
 from tests.battery import Battery
 from tests.models import perturb
 from tests.strategies import OPTIONS, methods, tolerance
@@ -158,6 +159,10 @@ def test_the_layout_stays_and_half_precision_is_not_widened(method, layout, dtyp
         assert tensor.is_contiguous(memory_format=layout)
         assert tensor.dtype == dtype
     assert model[0].miss_D.grad.dtype == torch.float32
+    for wide in (dtype, torch.float16):  # S
+        s = channel_blocks(x.detach().to(wide), 4, wide, method == "alternating")
+        assert s.is_contiguous(memory_format=layout)
+    assert channel_shards(y.detach(), 4).is_contiguous(memory_format=layout)
     with mock.patch.object(fused_conv, "fits", return_value=False):
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(model(x), y, rtol=8 * eps, atol=120 * eps)
@@ -186,12 +191,16 @@ def test_unbatched_and_empty_inputs_and_inference_tensors(method):
 
 
 @methods
-def test_memory_of_a_step(method):
-    """No tensor as wide as the input is kept, and a step holds hardly more than the base's."""
-    base = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+@pytest.mark.parametrize(
+    ("in_channels", "rank", "side"),
+    [(64, 16, 14), (16, 4, 14), (64, 16, 12)],  # the last two in parts of the batch
+)
+def test_memory_of_a_step(method, in_channels, rank, side):
+    """MiSSe keeps no tensor as wide as its input, and a step holds hardly more than the base's."""
+    base = nn.Conv2d(in_channels, 64, 3, padding=1).requires_grad_(False)
     layer = copy.deepcopy(base)
-    inject(layer, nn.Conv2d, rank=16, **OPTIONS[method])
-    x = torch.randn(8, 64, 14, 14, requires_grad=True)
+    inject(layer, nn.Conv2d, rank=rank, **OPTIONS[method])
+    x = torch.randn(8, in_channels, side, side, requires_grad=True)
     saved = x.nbytes if method == "miss" else x.nbytes // 4
     assert saved_bytes(layer, x) == saved
     peaks = []

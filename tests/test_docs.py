@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import conv_cost
 import layer_cost
 import model_cost
 import publish
@@ -25,6 +26,8 @@ def test_tables_of_the_performance_page_are_the_results():
         assert layer_cost.tables(layers[f"threads={threads}"], threads) in page
     assert layer_cost.overview(layers) in page
     assert model_cost.report(result("model_cost")) in page
+    assert conv_cost.tables(result("conv_cost")["step"]) in page
+    assert quantised_cost.tables(result("quantised_cost")) in page
 
 
 @pytest.mark.parametrize("name", publish.SCRIPTS)
