@@ -10,6 +10,7 @@ import conv_cost
 import layer_cost
 import model_cost
 import publish
+import quantised_cost
 from common import plots
 
 ROOT = pathlib.Path(__file__).parent.parent
