@@ -145,7 +145,8 @@ def _tied(tree: Tree) -> dict[str, str]:
     holders = held(tree)
     for place in places(tree.adapted).values():
         own = joined(place.name, place.parameter)
-        if (other := tied_to(own, place.weight, holders)) is not None:
+        weight = place.layer._parameters.get(place.parameter)
+        if weight is not None and (other := tied_to(own, weight, holders)) is not None:
             found[own] = other
     return found
 

@@ -13,16 +13,8 @@ from miss.forms import LayerConfig, MiSS, MiSSe
 from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 
-__all__ = [
-    "CLASSES",
-    "CONVOLUTIONS",
-    "HOSTS",
-    "Conv1dHost",
-    "Conv2dHost",
-    "Conv3dHost",
-    "MiSSConv1d",
-]
-__all__ += ["MiSSConv2d", "MiSSConv3d", "MiSSeConv1d", "MiSSeConv2d", "MiSSeConv3d"]
+__all__ = ["CLASSES", "CONVOLUTIONS", "HOSTS", "MiSSConv1d", "MiSSConv2d", "MiSSConv3d"]
+__all__ += ["MiSSeConv1d", "MiSSeConv2d", "MiSSeConv3d"]
 
 # The fast path of each form, by name and sign; keys as in `miss.layers.linear`.
 FAST: dict[tuple[str, bool], Callable[..., Tensor]] = {
@@ -106,13 +98,10 @@ class Conv3dHost(ConvHost):
 
 
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
-_OWN: tuple[type[Host], ...] = (Conv1dHost, Conv2dHost, Conv3dHost)
-HOSTS: dict[type[nn.Module], type[Host]] = dict(zip(CONVOLUTIONS, _OWN))
+HOSTS: dict[Any, type[Host]] = dict(zip(CONVOLUTIONS, (Conv1dHost, Conv2dHost, Conv3dHost)))
 
 
 class _AdaptedConv(TorchLayer):
-    """What the classes share: the constructor, a mixin before torch's own type."""
-
     def __init__(
         self,
         in_channels: int,
@@ -143,7 +132,19 @@ class _AdaptedConv(TorchLayer):
         self._miss_begin(rank, adapter_dtype=adapter_dtype, **settings)
 
 
-class MiSSeConv1d(_AdaptedConv, nn.Conv1d):
+class _Conv1d(_AdaptedConv, nn.Conv1d):
+    miss_host, miss_type = Conv1dHost, nn.Conv1d
+
+
+class _Conv2d(_AdaptedConv, nn.Conv2d):
+    miss_host, miss_type = Conv2dHost, nn.Conv2d
+
+
+class _Conv3d(_AdaptedConv, nn.Conv3d):
+    miss_host, miss_type = Conv3dHost, nn.Conv3d
+
+
+class MiSSeConv1d(_Conv1d):
     r"""A 1-d convolution whose delta repeats one block of ``rank`` channels along the input.
 
     Equation and arguments are those of `MiSSeConv2d`, over one axis. ``miss_D`` is
@@ -156,15 +157,14 @@ class MiSSeConv1d(_AdaptedConv, nn.Conv1d):
         ShapeError: a setting is outside its rule.
         StateError: ``groups`` is not 1.
 
-    >>> layer = MiSSeConv1d(10, 4, 3, rank=2)
-    >>> layer(torch.randn(2, 10, 8)).shape, layer.miss_D.shape
-    (torch.Size([2, 4, 6]), torch.Size([4, 2, 3]))
+    >>> MiSSeConv1d(10, 4, 3, rank=2).miss_D.shape
+    torch.Size([4, 2, 3])
     """
 
-    miss_form, miss_host, miss_type = MiSSe, Conv1dHost, nn.Conv1d
+    miss_form = MiSSe
 
 
-class MiSSConv1d(_AdaptedConv, nn.Conv1d):
+class MiSSConv1d(_Conv1d):
     r"""A 1-d convolution whose delta repeats each of ``rank`` filters along one shard of channels.
 
     Equation and arguments are those of `MiSSConv2d`, over one axis. ``miss_D`` is
@@ -177,15 +177,14 @@ class MiSSConv1d(_AdaptedConv, nn.Conv1d):
         ShapeError: a setting is outside its rule.
         StateError: ``groups`` is not 1.
 
-    >>> layer = MiSSConv1d(10, 4, 3, rank=2)
-    >>> layer(torch.randn(2, 10, 8)).shape, layer.miss_D.shape
-    (torch.Size([2, 4, 6]), torch.Size([2, 10, 3]))
+    >>> MiSSConv1d(10, 4, 3, rank=2).miss_D.shape
+    torch.Size([2, 10, 3])
     """
 
-    miss_form, miss_host, miss_type = MiSS, Conv1dHost, nn.Conv1d
+    miss_form = MiSS
 
 
-class MiSSeConv2d(_AdaptedConv, nn.Conv2d):
+class MiSSeConv2d(_Conv2d):
     r"""A 2-d convolution whose delta repeats one block of ``rank`` channels along the input.
 
     .. math:: y = W_0 * x + b + \mathrm{scale} \cdot D * S, \qquad S_j = \sum_{c \bmod r = j} x_c
@@ -217,10 +216,10 @@ class MiSSeConv2d(_AdaptedConv, nn.Conv2d):
     (torch.Size([1, 4, 8, 8]), torch.Size([4, 2, 3, 3]))
     """
 
-    miss_form, miss_host, miss_type = MiSSe, Conv2dHost, nn.Conv2d
+    miss_form = MiSSe
 
 
-class MiSSConv2d(_AdaptedConv, nn.Conv2d):
+class MiSSConv2d(_Conv2d):
     r"""A 2-d convolution whose delta repeats each of ``rank`` filters along one shard of channels.
 
     .. math:: y = W_0 * x + b + \mathrm{scale} \cdot \mathrm{repeat}(D * x)
@@ -253,10 +252,10 @@ class MiSSConv2d(_AdaptedConv, nn.Conv2d):
     (torch.Size([1, 4, 8, 8]), torch.Size([2, 10, 3, 3]))
     """
 
-    miss_form, miss_host, miss_type = MiSS, Conv2dHost, nn.Conv2d
+    miss_form = MiSS
 
 
-class MiSSeConv3d(_AdaptedConv, nn.Conv3d):
+class MiSSeConv3d(_Conv3d):
     r"""A 3-d convolution whose delta repeats one block of ``rank`` channels along the input.
 
     Equation and arguments are those of `MiSSeConv2d`, over three axes. ``miss_D`` is
@@ -273,10 +272,10 @@ class MiSSeConv3d(_AdaptedConv, nn.Conv3d):
     torch.Size([4, 2, 3, 3, 3])
     """
 
-    miss_form, miss_host, miss_type = MiSSe, Conv3dHost, nn.Conv3d
+    miss_form = MiSSe
 
 
-class MiSSConv3d(_AdaptedConv, nn.Conv3d):
+class MiSSConv3d(_Conv3d):
     r"""A 3-d convolution whose delta repeats each of ``rank`` filters along one shard of channels.
 
     Equation and arguments are those of `MiSSConv2d`, over three axes. ``miss_D`` is
@@ -293,7 +292,7 @@ class MiSSConv3d(_AdaptedConv, nn.Conv3d):
     torch.Size([2, 10, 3, 3, 3])
     """
 
-    miss_form, miss_host, miss_type = MiSS, Conv3dHost, nn.Conv3d
+    miss_form = MiSS
 
 
 CLASSES: tuple[type[TorchLayer], ...] = (MiSSeConv1d, MiSSConv1d, MiSSeConv2d, MiSSConv2d)
