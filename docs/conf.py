@@ -73,10 +73,9 @@ def public_name(app, env, node, contnode):
 
 def public_bases(app, name, obj, options, bases):
     """In the place of a private base class, which has no page, that class's own bases."""
-    for base in list(bases):
-        if base.__name__.startswith("_"):
-            place = bases.index(base)
-            bases[place : place + 1] = base.__bases__
+    while private := [base for base in bases if base.__name__.startswith("_")]:
+        place = bases.index(private[0])
+        bases[place : place + 1] = private[0].__bases__
 
 
 def setup(app):
