@@ -104,7 +104,7 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
     difference = apart.std() if half else apart.abs().max()
     assert difference <= bound, "MiSSe and PEFT's MiSS differ"
     for name, layer in adapted_modules(models[OURS]).items():
-        layer.reset_adapter()
+        layer.miss_reset_adapter()
         nn.init.zeros_(blocks[f"base_model.model.{name}"].miss_block["default"])
 
 

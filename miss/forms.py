@@ -70,7 +70,9 @@ class Form(ABC):
         frozen = cls.expand(one, config.size, cls.axis)
         frozen = frozen.reshape(*frozen.shape, *(1 for _ in d.shape[2:]))
         a, b = (frozen, d) if cls.axis == 1 else (d, frozen)
-        return a if config.blank is None else a.index_fill(1, torch.tensor(config.blank), 0), b
+        if config.blank is not None:
+            a = a.index_fill(1, torch.tensor(config.blank, device=a.device), 0)
+        return a, b
 
     @classmethod
     def d_shape(cls, config: "LayerConfig") -> tuple[int, ...]:

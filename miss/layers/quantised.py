@@ -1,5 +1,7 @@
 """Quantised layers of other libraries that cannot be adapted, known by the path of their type."""
 
+import functools
+
 from torch import nn
 
 __all__ = ["quantised_refusal"]
@@ -24,10 +26,16 @@ def quantised_refusal(module: nn.Module) -> str | None:
 
     A module is a linear layer here if it has ``in_features``.
     """
-    kind = type(module)
+    found, kind = _library_of(type(module)), type(module)
+    if found is None or not hasattr(module, "in_features"):
+        return None
+    library, do = found
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return f"is a {name}, a quantised layer of {library}, which has no host: {do}"
+
+
+@functools.cache
+def _library_of(kind: type) -> tuple[str, str] | None:
+    """The entry of `_LIBRARIES` for a type; asked once for each type."""
     path = tuple(kind.__module__.split("."))
-    for start, (library, do) in _LIBRARIES.items():
-        if path[: len(start)] == start and hasattr(module, "in_features"):
-            name = f"{kind.__module__}.{kind.__qualname__}"
-            return f"is a {name}, a quantised layer of {library}, which has no host: {do}"
-    return None
+    return next((of for start, of in _LIBRARIES.items() if path[: len(start)] == start), None)
