@@ -6,7 +6,7 @@ the batch at a time.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,14 +93,10 @@ def misse_conv_input_grad(
     window: Window = node.window
     channels, *sizes = node.x_shape[1:]
     if ds is None and in_place():
-        period = d.shape[1] * (2 if node.alternate else 1)
-        kept = len(dy) * d.shape[1] * math.prod(sizes)
-        if width := _tile_width(dy, weight, node.x_shape, kept, period):
-
-            def add_(tile: Tensor, start: int) -> None:
-                add_blocks_(tile.movedim(1, -1), d.movedim(1, -1), node.alternate)
-
-            return _input_grad_by_tiles(node, dy, weight, width, add_)
+        if _sum_fits(dy, weight, node.x_shape, len(dy) * d.shape[1] * math.prod(sizes)):
+            both = weight.clone()
+            add_blocks_(both.movedim(1, -1), d.movedim(1, -1), node.alternate)
+            return window.input_grad(dy, both, sizes)
         dx = window.input_grad(dy, weight, sizes)
         part = window.input_grad(dy, d, sizes)
         add_blocks_(dx.movedim(1, -1), part.movedim(1, -1), node.alternate)
@@ -115,13 +111,10 @@ def miss_conv_input_grad(node: Any, dy: Tensor, weight: Tensor, d: Tensor) -> Te
     """The gradient of ``x`` by ``weight`` and the delta of ``d``."""
     window: Window = node.window
     sizes = node.x_shape[2:]
-    if in_place() and (width := _tile_width(dy, weight, node.x_shape)):
-
-        def add_(tile: Tensor, start: int) -> None:
-            part = d.narrow(1, start, tile.shape[1])
-            add_shards_(tile.movedim(0, -1), part.movedim(0, -1))
-
-        return _input_grad_by_tiles(node, dy, weight, width, add_)
+    if in_place() and _sum_fits(dy, weight, node.x_shape):
+        both = weight.clone()
+        add_shards_(both.movedim(0, -1), d.movedim(0, -1))
+        return window.input_grad(dy, both, sizes)
     dx, dz = window.input_grad(dy, weight, sizes), channel_shards(dy, len(d))
     if not in_place():
         return dx + window.input_grad(dz, d, sizes)
@@ -130,47 +123,16 @@ def miss_conv_input_grad(node: Any, dy: Tensor, weight: Tensor, d: Tensor) -> Te
     return dx
 
 
-def _input_grad_by_tiles(
-    node: Any, dy: Tensor, weight: Tensor, width: int, add_: Callable[[Tensor, int], None]
-) -> Tensor:
-    """The gradient of ``x`` by the sum of weight and delta, some input channels at a time.
+def _sum_fits(dy: Tensor, weight: Tensor, shape: Sequence[int], beside: int = 0) -> bool:
+    """Whether the gradient of an input of ``shape`` is made by the sum of weight and delta.
 
-    One convolution does for both. ``add_`` adds the delta to a tile of the weight in place, from a
-    channel on.
+    Then one convolution does for both. The sum, and the ``beside`` elements that are held with it,
+    take at most a fifth of the memory of ``y`` and ``dx``; torch's own backward on CPUs takes three
+    halves of that. In half precision the sum would round D. This was measured on CPUs, so the sum
+    is made only there.
     """
-    window, channels, sizes = node.window, node.x_shape[1], node.x_shape[2:]
-    if width == channels:
-        both = weight.clone()
-        add_(both, 0)
-        return node.window.input_grad(dy, both, sizes)  # type: ignore[no-any-return]
-    dx = dy.new_empty(node.x_shape)
-    for start in range(0, channels, width):
-        some = 1, start, min(width, channels - start)
-        both = weight.narrow(*some).clone()
-        add_(both, start)
-        dx.narrow(*some).copy_(window.input_grad(dy, both, sizes))
-    return dx
-
-
-def _tile_width(
-    dy: Tensor, weight: Tensor, shape: Sequence[int], kept: int = 0, period: int = 1
-) -> int:
-    """How many input channels make a tile of the sum of weight and delta; 0 if none do.
-
-    ``shape`` is that of ``dx``. A tile, its part of ``dx``, and the ``kept`` elements that are held
-    besides take at most a fifth of the memory of ``y`` and ``dx``; torch's own backward on CPUs
-    takes three halves of that. Tiles are whole ``period`` channels, after which the delta begins
-    anew, and at least 32. In half precision the sum would round D. This was measured on CPUs, so
-    tiles are used only there.
-    """
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-        return 0
-    room = (dy.numel() + math.prod(shape)) // 5 - kept
-    if weight.numel() <= room:
-        return shape[1]
-    each = (weight.numel() + math.prod(shape)) // shape[1]
-    width = room // each // period * period
-    return width if width >= 32 and dy.is_contiguous() else 0
+    cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    return cpu and 5 * (weight.numel() + beside) <= dy.numel() + math.prod(shape)
 
 
 def parts_of(length: int, split: bool = True) -> Iterator[tuple[int, int]]:

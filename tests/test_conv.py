@@ -25,7 +25,6 @@ from miss import (
     adapted_modules,
     eject,
     fused_conv,
-    gradients_conv,
     inject,
     load,
     merge,
@@ -167,34 +166,6 @@ def test_the_layout_stays_and_half_precision_is_not_widened(method, layout, dtyp
     with mock.patch.object(fused_conv, "fits", return_value=False):
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(model(x), y, rtol=8 * eps, atol=120 * eps)
-
-
-@methods
-@pytest.mark.parametrize("width", [4, 8, 10])
-def test_tiles_of_the_sum_give_the_gradient_of_the_plain_path(method, width):
-    torch.manual_seed(0)
-    layer = nn.Conv2d(10, 6, 3, padding=1, dtype=torch.float64)
-    inject(layer, nn.Conv2d, rank=2, scale=-0.5, **OPTIONS[method])
-    perturb(layer)
-    x = torch.randn(2, 10, 5, 5, dtype=torch.float64, requires_grad=True)
-    with mock.patch.object(gradients_conv, "_tile_width", return_value=width) as asked:
-        fast = torch.autograd.grad(layer(x).square().sum(), (x, layer.miss_D))
-    assert asked.called
-    with mock.patch.object(fused_conv, "fits", return_value=False):
-        plain = torch.autograd.grad(layer(x).square().sum(), (x, layer.miss_D))
-    torch.testing.assert_close(fast, plain)
-
-
-def test_the_sum_is_made_whole_or_in_tiles_or_not_at_all():
-    weight, wide = torch.empty(256, 256, 3, 3), torch.empty(8, 256, 14, 14)
-    kept = 8 * 16 * 14 * 14
-    width = gradients_conv._tile_width
-    assert width(wide, weight, wide.shape, kept, 32) == 32
-    assert width(torch.empty(8, 256, 56, 56), weight, (8, 256, 56, 56), kept, 32) == 256
-    assert width(wide[:1], weight, (1, 256, 14, 14), kept, 32) == 0
-    assert width(wide.half(), weight.half(), wide.shape, kept, 32) == 0
-    last = wide.to(memory_format=torch.channels_last)
-    assert width(last, weight, wide.shape, kept, 32) == 0
 
 
 @methods

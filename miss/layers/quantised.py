@@ -26,7 +26,8 @@ def quantised_refusal(module: nn.Module) -> str | None:
 
     A module is a linear layer here if it has ``in_features``.
     """
-    found, kind = _library_of(type(module)), type(module)
+    kind = type(module)
+    found = _library_of(kind.__module__)
     if found is None or not hasattr(module, "in_features"):
         return None
     library, do = found
@@ -35,7 +36,7 @@ def quantised_refusal(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _library_of(kind: type) -> tuple[str, str] | None:
-    """The entry of `_LIBRARIES` for a type; asked once for each type."""
-    path = tuple(kind.__module__.split("."))
+def _library_of(home: str) -> tuple[str, str] | None:
+    """The entry of `_LIBRARIES` for a module of Python; asked once for each."""
+    path = tuple(home.split("."))
     return next((of for start, of in _LIBRARIES.items() if path[: len(start)] == start), None)
