@@ -91,7 +91,7 @@ def check(models: dict[str, nn.Module], tokens: Tensor) -> None:
     bound = (0.1 if half else 1e-4) * size
     for name, got in first.items():
         apart = (got - first[OURS]).abs().max()
-        assert apart <= bound, f"{name} does not start where {OURS} does"
+        assert apart <= bound, f"{name} starts {apart / size:.2g} of the logits from {OURS}"
     blocks = dict(models[PEER].named_modules())
     for name, layer in adapted_modules(models[OURS]).items():
         nn.init.normal_(layer.miss_D, std=0.02)

@@ -212,11 +212,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result: dict[str, object] = {"environment": environment(), "rank": RANK, "rounds": rounds}
     result["threads"] = args.threads
-    for kind in KINDS:
-        result[kind] = list(steps(kind, shapes, tokens, rounds))
     if not args.quick:
         row = model_cost.training(load_nf4(), torch.float32, rounds)
         result["training"] = [row | {"dtype": "nf4, computed in float32"}]
+    for kind in KINDS:
+        result[kind] = list(steps(kind, shapes, tokens, rounds))
     print(tables(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
