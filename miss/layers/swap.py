@@ -60,7 +60,7 @@ def new_adapter(
     form, blank = variant(cls.miss_form, alternate=alternate), host.blank(layer, parameter)
     config = LayerConfig(form, rank, shape, axes, scale=scale, dropout=dropout, blank=blank)
     if config.dropout and not host.drops:
-        rule = f"the inputs of a {cls.miss_type.__name__} cannot be dropped"
+        rule = f"inputs of {cls.miss_type.__name__} layers cannot be dropped"
         raise ShapeError(rule, expected="dropout=0.0", actual=f"dropout={dropout!r}")
     return Adapter(layer, parameter, cls, config, new_d(layer, parameter, config, adapter_dtype))
 
