@@ -280,6 +280,7 @@ def test_dropout_acts_on_the_adapter_in_training_only(form: type[nn.Linear]):
 @ragged
 def test_compile_fullgraph_equals_eager(case: Case):
     layer, x = case.layer(torch.float32), case.input(torch.float32)
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
     with disabled(layer):

@@ -175,6 +175,7 @@ def test_merged_models_compile():
     model = adapted_decoder().double().eval()
     merge(model)
     on = model(TOKENS)
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(TOKENS), on)
     with disabled(model):
