@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miss.functional import block_factor, expand_blocks, scaled, shard_sum
-from miss.fused import fast_block_reduce, untransformed
+from miss.fused import fast_block_reduce, own, untransformed
 from miss.gradients import adapter_grad, add_blocks_, add_shards_, in_place, rows_of, times
 from miss.tensors import is_ordinary
 
@@ -139,7 +139,7 @@ class _GiveProduct(torch.autograd.Function):
         ctx.factor, ctx.dtype = factor, d.dtype
         y = y.contiguous()
         y.view(-1, y.shape[-1]).addmm_(rows_of(s), scaled(d, factor, y.dtype).t())
-        return _own(y)
+        return own(y)  # what a node returns as it was given is a view, closed to in-place writes
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -158,21 +158,11 @@ class _GiveShards(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, z: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.shards = z.shape[-1]
-        return _own(add_shards_(y.contiguous(), z))
+        return own(add_shards_(y.contiguous(), z))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return dy, None if dy is None else shard_sum(dy, ctx.shards)
-
-
-def _own(y: Tensor) -> Tensor:
-    """A tensor of its own over the elements of ``y``, to which a user may write in place.
-
-    What a node returns as it was given is a view to autograd, which forbids that.
-    """
-    own: Any = y.new_empty(0)
-    moved: Tensor = own.set_(y)
-    return moved
 
 
 def _writable(dx: Tensor) -> bool:

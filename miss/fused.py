@@ -28,7 +28,7 @@ from miss.gradients import (
 from miss.tensors import is_ordinary
 
 __all__ = ["autocast", "cast", "fast_block_reduce", "fits", "miss_linear", "misse_linear"]
-__all__ += ["no_view", "untransformed"]
+__all__ += ["no_view", "own", "untransformed"]
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor) -> bool:
@@ -225,10 +225,13 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, d: Tensor, scale: float, by_d: Te
 
 def no_view(y: Tensor) -> Tensor:
     """``y`` as a tensor of its own: autograd forbids writing to a view that a node returns."""
-    if y.dim() == 2:
-        return y
-    own: Any = y.new_empty(0)
-    moved: Tensor = own.set_(y)
+    return y if y.dim() == 2 else own(y)
+
+
+def own(y: Tensor) -> Tensor:
+    """A tensor of its own over the elements of ``y``."""
+    empty: Any = y.new_empty(0)
+    moved: Tensor = empty.set_(y)
     return moved
 
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from miss.errors import ShapeError, StateError, TargetError, at, merged_error, named
 from miss.forms import Form
-from miss.layers import AdaptedLayer, class_of, host_of, looks_linear, path_of, refusal
-from miss.layers.conv import CONVOLUTIONS
+from miss.layers import AdaptedLayer, class_of, host_of, looks_known, path_of, refusal
 from miss.layers.swap import Adapter, largest_rank, new_adapter
 from miss.parents import read_weights
 from miss.targets import Site
@@ -85,8 +84,7 @@ def candidates(tree: Tree) -> dict[int, str | None]:
     read = read_weights(tree)
     reasons = {}
     for module in tree.unique:
-        looks_known = looks_linear(module) or isinstance(module, CONVOLUTIONS)
-        if host_of(module) is not None or looks_known or id(module) in read:
+        if host_of(module) is not None or looks_known(module) or id(module) in read:
             reasons[id(module)] = read.get(id(module)) or refusal(module)
     return reasons
 

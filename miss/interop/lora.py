@@ -42,10 +42,10 @@ def save(
     Raises:
         StateError: MiSSe adapts a convolution with a kernel of several elements, which has no such
             factors; a convolution has a dilation or a padding mode that PEFT's LoRA ignores; the
-            model has no adapter, something shards it, or it is itself an adapted
-            layer, which has no module path; an adapted layer has two names, of which PEFT would
-            adapt one, or is of a type that PEFT's LoRA does not adapt; something is trained besides
-            adapters, and ``extra`` is None.
+            model has no adapter, something shards it, or it is itself an adapted layer, which has
+            no module path; an adapted layer has two names, of which PEFT would adapt one, or is of
+            a type that PEFT's LoRA does not adapt; something is trained besides adapters, and
+            ``extra`` is None.
         CheckpointError: a D is not finite, or the files cannot be written.
         ImportError: safetensors is absent; the extra ``files`` installs it.
 

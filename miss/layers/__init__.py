@@ -12,7 +12,7 @@ from miss.forms import METHODS
 from miss.layers import conv
 from miss.layers.base import AdaptedLayer
 from miss.layers.bitsandbytes import Linear4bitHost, Linear8bitHost
-from miss.layers.embedding import EmbeddingHost, ScaledEmbeddingHost
+from miss.layers.embedding import EmbeddingHost, ScaledEmbeddingHost, scales_rows
 from miss.layers.example import check_example
 from miss.layers.forwards import replaced
 from miss.layers.host import Host, base_name, d_name
@@ -23,7 +23,15 @@ from miss.layers.transformers import Conv1DHost
 from miss.tensors import is_dtensor
 
 __all__ = ["AdaptedLayer", "Host", "class_of", "host_named", "host_of", "looks_linear", "path_of"]
-__all__ += ["base_parameters", "d_names", "file_path", "parameters_of", "refusal", "register"]
+__all__ += [
+    "base_parameters",
+    "d_names",
+    "file_path",
+    "looks_known",
+    "parameters_of",
+    "refusal",
+    "register",
+]
 
 # The registry: the host of each layer type.
 _HOSTS: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
@@ -80,16 +88,9 @@ def host_of(module: nn.Module) -> type[Host] | None:
     host = _HOSTS.get(kind) or _HOSTS_BY_NAME.get((kind.__module__, kind.__qualname__))
     if host is None and issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward:
         return LinearHost
-    if host is None and isinstance(module, nn.Embedding) and _scales_rows(module):
+    if host is None and scales_rows(module):
         return ScaledEmbeddingHost
     return host
-
-
-def _scales_rows(layer: nn.Embedding) -> bool:
-    """Whether an embedding is one of the ``...ScaledWordEmbedding`` classes of transformers."""
-    kind = type(layer)
-    ours = kind.__module__.startswith("transformers.") and hasattr(layer, "embed_scale")
-    return ours and kind.__qualname__.endswith("ScaledWordEmbedding")
 
 
 def host_named(path: str) -> type[Host] | None:
@@ -133,6 +134,11 @@ def looks_linear(module: nn.Module) -> bool:
     """
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     return isinstance(module, (nn.Linear, conv1d)) or quantised_refusal(module) is not None
+
+
+def looks_known(module: nn.Module) -> bool:
+    """Whether a user may expect that ``module`` is adapted, though it may have no host."""
+    return looks_linear(module) or isinstance(module, conv.CONVOLUTIONS)
 
 
 def refusal(module: nn.Module) -> str | None:

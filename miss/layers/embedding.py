@@ -12,6 +12,7 @@ from miss.layers.host import Host
 from miss.layers.names import TorchLayer
 
 __all__ = ["CLASSES", "EmbeddingHost", "MiSSEmbedding", "MiSSeEmbedding", "ScaledEmbeddingHost"]
+__all__ += ["scales_rows"]
 
 
 class EmbeddingHost(Host):
@@ -69,6 +70,13 @@ class ScaledEmbeddingHost(EmbeddingHost):
         """Rows of ``d``, scaled as those of the weight."""
         rows: Tensor = F.embedding(x, d) * layer.embed_scale
         return rows
+
+
+def scales_rows(module: nn.Module) -> bool:
+    """Whether a module is of one of the ``...ScaledWordEmbedding`` classes of transformers."""
+    kind = type(module)
+    ours = isinstance(module, nn.Embedding) and kind.__module__.startswith("transformers.")
+    return ours and kind.__qualname__.endswith("ScaledWordEmbedding")
 
 
 class _AdaptedEmbedding(TorchLayer, nn.Embedding):
